@@ -1,0 +1,235 @@
+"""Sources -> batches on the devices: mixture, shuffling, rendering, packing, batching, prefetch.
+
+    source 'pairs'  range -> shuffle -> repeat -> document(index, rng) -> render -> fit -> every P-th --+
+    source 'text'   range -> shuffle -> repeat -> ...                                                 --+-> mix by weight
+       -> packed rows -> batches of one stage --+
+                              the next stage  --+-> by step -> prefetch thread -> [numpy batch] -> to_devices
+
+Everything is a function of (config, step): the same seed gives the same batches on every run, and the iterator's
+state, a small JSON-able dict, resumes them exactly. Process p of P sees documents p, p + P, ... of every source
+and makes batch_size / P rows of each batch.
+
+The weights of a stage count documents, not tokens. Shuffles differ between stages, so a source that stays in
+the mixture is drawn in a new order. Does not know models; pictures arrive as codes, or become codes through the
+function it is given.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from chameleon_jax.array_types import Array
+from chameleon_jax.config import DataConfig, StageConfig
+from chameleon_jax.data.packing import Limits, PackedRows, Row, fit
+from chameleon_jax.data.sources.source import DocumentSource, make_source
+from chameleon_jax.errors import ConfigError, DataError
+from chameleon_jax.partitioning import batch_sharding
+from chameleon_jax.tokens.render import EncodeImages, Rendered, render
+from chameleon_jax.tokens.text import TextTokenizer
+from chameleon_jax.tokens.vocabulary import Vocabulary
+
+_CACHED_TEXTS = 100_000  # rendered strings kept; names and phrases of instructions recur
+
+
+class CachedText:
+  """A text tokenizer that remembers short strings it has encoded."""
+
+  def __init__(self, tokenizer: TextTokenizer, *, max_length: int = 200):
+    self._tokenizer, self._max_length = tokenizer, max_length
+    self._encode = functools.lru_cache(maxsize=_CACHED_TEXTS)(lambda text: tuple(tokenizer.encode(text)))
+
+  @property
+  def n_pieces(self) -> int:
+    return self._tokenizer.n_pieces
+
+  def encode(self, text: str) -> list[int]:
+    """Piece ids of the text."""
+    return list(self._encode(text)) if len(text) <= self._max_length else self._tokenizer.encode(text)
+
+  def decode(self, pieces: Sequence[int]) -> str:
+    """Text of the pieces."""
+    return self._tokenizer.decode(list(pieces))
+
+  def save(self, path: Any) -> None:
+    """Saves the tokenizer itself."""
+    self._tokenizer.save(path)
+
+
+class RenderDocument:
+  """(index, rng) -> the rendered document that fits into a row, or None. Picklable, for worker processes."""
+
+  def __init__(
+      self,
+      source: DocumentSource,
+      vocabulary: Vocabulary,
+      text_tokenizer: TextTokenizer,
+      *,
+      limits: Limits,
+      encode_images: EncodeImages | None = None,
+  ):
+    self._source, self._vocabulary, self._text_tokenizer = source, vocabulary, text_tokenizer
+    self._limits, self._encode_images = limits, encode_images
+
+  def __call__(self, index: int, rng: np.random.Generator) -> Rendered | None:
+    document = self._source.document(int(index), rng)
+    return fit(render(document, self._vocabulary, self._text_tokenizer, encode_images=self._encode_images), self._limits)
+
+
+def stage_ends(stages: Sequence[StageConfig], n_steps: int) -> list[int]:
+  """The step at which each stage ends; the last is `n_steps`.
+
+  Example:
+    fractions 0.8, 0.2 of 1,000 steps -> [800, 1000]
+  """
+  total, ends = 0.0, []
+  for stage in stages:
+    total += stage.fraction
+    ends.append(round(total * n_steps))
+  ends[-1] = n_steps
+  return ends
+
+
+class StagedBatches(grain.IterDataset):
+  """Batches of stage 0 up to its last step, then those of stage 1, and so on; ends after the last stage."""
+
+  def __init__(self, stages: Sequence[grain.IterDataset], ends: Sequence[int]):
+    super().__init__(tuple(stages))
+    self._ends = tuple(ends)
+
+  def __iter__(self) -> 'StagedBatchesIterator':
+    return StagedBatchesIterator([stage.__iter__() for stage in self._parents], self._ends)
+
+
+class StagedBatchesIterator(grain.DatasetIterator):
+  """Iterator of `StagedBatches`."""
+
+  def __init__(self, stages: Sequence[grain.DatasetIterator], ends: Sequence[int]):
+    super().__init__(tuple(stages))
+    self._stages, self._ends, self._step = tuple(stages), tuple(ends), 0
+
+  def _stage(self) -> int:
+    return next((stage for stage, end in enumerate(self._ends) if self._step < end), len(self._ends) - 1)
+
+  def __next__(self) -> Row:
+    if self._step >= self._ends[-1]:
+      raise StopIteration
+    batch = next(self._stages[self._stage()])
+    self._step += 1
+    return batch
+
+  def get_state(self) -> dict[str, Any]:
+    return {'step': self._step, 'stage': self._stages[self._stage()].get_state()}
+
+  def set_state(self, state: Mapping[str, Any]) -> None:
+    self._step = state['step']
+    self._stages[self._stage()].set_state(state['stage'])
+
+
+def _seed(*parts: int) -> int:
+  return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def make_batches(
+    config: DataConfig,
+    vocabulary: Vocabulary,
+    text_tokenizer: TextTokenizer,
+    *,
+    n_steps: int,
+    split: str = 'train',
+    codes: np.ndarray | None = None,
+    encode_images: EncodeImages | None = None,
+    process: tuple[int, int] | None = None,
+) -> grain.DatasetIterator:
+  """Returns an iterator of `n_steps` numpy batches with `get_state` and `set_state`.
+
+  Args:
+    config: stages, sizes and seed.
+    vocabulary: the token table.
+    text_tokenizer: fits into the vocabulary.
+    n_steps: steps of the whole run, which the fractions of the stages divide.
+    split: 'train' or 'validation'.
+    codes: int32 [pictures, n_image_tokens], one row per picture of an in-memory world, see `make_source`.
+    encode_images: for sources whose documents hold pixels.
+    process: (index, count) of this host; that of jax by default.
+
+  Returns:
+    Batches {tokens, targets, loss_weights, segment_ids, positions}, each [batch_size / processes, seq_len].
+
+  Raises:
+    ConfigError: no stages, or the batch does not split over the hosts.
+    DataError: a source is unknown or empty.
+  """
+  index, count = (jax.process_index(), jax.process_count()) if process is None else process
+  if not config.stages:
+    raise ConfigError('data.stages is empty: name at least one stage with its sources')
+  if config.batch_size % count:
+    raise ConfigError(f'data.batch_size {config.batch_size} does not split over {count} hosts')
+  limits = Limits(config.seq_len, vocabulary.begin_image, vocabulary.end_image, vocabulary.pad)
+  cached = CachedText(text_tokenizer)
+  names = dict.fromkeys(name for stage in config.stages for name, _ in stage.weights)
+  sources = {name: make_source(name, split, codes=codes) for name in names}
+  read_options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=8 * config.read_threads)
+
+  def documents(name: str, number: int) -> grain.MapDataset:
+    source = sources[name]
+    if len(source) == 0:
+      raise DataError(f'source {name!r} has no documents in split {split!r}; take it out of data.stages')
+    to_rendered = RenderDocument(source, vocabulary, cached, limits=limits, encode_images=encode_images)
+    seed = _seed(config.shuffle_seed, number, *name.encode())
+    every = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().random_map(to_rendered, seed=seed)
+    return every[index::count] if count > 1 else every
+
+  def batches(stage: StageConfig, number: int) -> grain.IterDataset:
+    mixed = grain.MapDataset.mix([documents(name, number) for name, _ in stage.weights], weights=[weight for _, weight in stage.weights])
+    rows = PackedRows(mixed.to_iter_dataset(read_options, allow_nones=True), n_rows=config.packing_bins, limits=limits)
+    return rows.batch(config.batch_size // count, drop_remainder=True)
+
+  stages = [batches(stage, number) for number, stage in enumerate(config.stages)]
+  staged = StagedBatches(stages, stage_ends(config.stages, n_steps))
+  if config.prefetch:
+    return iter(grain.experimental.ThreadPrefetchIterDataset(staged, prefetch_buffer_size=config.prefetch))
+  return iter(staged)
+
+
+def dropped_documents(iterator: grain.DatasetIterator) -> int:
+  """Documents of the current stage that had to be dropped so far, on this host (see `packing.fit`)."""
+
+  def find(state: Any) -> int | None:
+    if not isinstance(state, Mapping):
+      return None
+    if 'dropped' in state:
+      return int(state['dropped'])
+    return next((found for found in map(find, state.values()) if found is not None), None)
+
+  return find(iterator.get_state()) or 0
+
+
+def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
+  """Joins the rows of all hosts into global arrays, rows split over the mesh axes `data` and `fsdp`."""
+  sharding = batch_sharding(mesh)
+  return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+
+
+def validation_batches(
+    config: DataConfig, vocabulary: Vocabulary, text_tokenizer: TextTokenizer, **options: Any
+) -> dict[str, Iterator[Row]]:
+  """Batches of each source of the last stage by itself, from its validation split; sources without one are left out.
+
+  Args:
+    config: as for training; stages and prefetch are replaced.
+    vocabulary: the token table.
+    text_tokenizer: fits into the vocabulary.
+    **options: `n_steps` (batches of each source), `codes`, `encode_images`, `process` as for `make_batches`.
+  """
+  found: dict[str, Iterator[Row]] = {}
+  for name, _ in config.stages[-1].weights:
+    alone = dataclasses.replace(config, stages=(StageConfig(1.0, ((name, 1.0),)),), prefetch=0)
+    if len(make_source(name, 'validation', codes=options.get('codes'))) > 0:
+      found[name] = make_batches(alone, vocabulary, text_tokenizer, split='validation', **options)
+  return found

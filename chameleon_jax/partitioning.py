@@ -1,0 +1,96 @@
+"""How arrays lie on the device mesh: one table, passed explicitly.
+
+The mesh axes are `data`, `fsdp` and `tensor`; a size of 1 switches an axis off, so the mesh shape is the
+strategy. Every parameter is born with logical axis names (`nn.with_logical_partitioning`) and `RULES` maps
+them to mesh axes. The table is a constant: ambient rules are not part of jit's cache key, and a name that
+is missing here raises instead of leaving an array unsharded without a word.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from chameleon_jax.array_types import Array, PyTree
+from chameleon_jax.config import MeshConfig
+from chameleon_jax.errors import ConfigError
+
+AXES = ('data', 'fsdp', 'tensor')
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    ('batch', ('data', 'fsdp')),
+    ('length', None),
+    ('cache_length', None),
+    ('act_embed', None),
+    ('act_mlp', 'tensor'),
+    ('act_heads', 'tensor'),
+    ('act_kv_heads', 'tensor'),
+    ('act_vocab', 'tensor'),
+    ('vocab_in', ('tensor', 'fsdp')),  # rows of the embedding table: sharding its width forces a full rematerialisation
+    ('embed_in', None),
+    ('embed', 'fsdp'),
+    ('mlp', 'tensor'),
+    ('heads', 'tensor'),
+    ('kv_heads', 'tensor'),
+    ('vocab_out', 'tensor'),
+    ('d_head', None),
+    ('norm', None),
+    ('layers', None),
+    ('conv_in', None),
+    ('conv_out', 'fsdp'),
+    ('code', None),
+    ('code_dim', None),
+)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+  """Returns a mesh with axes `AXES` over all devices (or the given ones).
+
+  Raises:
+    ConfigError: the sizes do not multiply to the number of devices.
+  """
+  devices = list(jax.devices()) if devices is None else devices
+  sizes = [config.data, config.fsdp, config.tensor]
+  known = 1
+  for size in sizes:
+    known *= size if size != -1 else 1
+  if -1 in sizes:
+    sizes[sizes.index(-1)] = max(1, len(devices) // known)
+  needed = sizes[0] * sizes[1] * sizes[2]
+  if needed != len(devices):
+    raise ConfigError(f'mesh {dict(zip(AXES, sizes))} needs {needed} devices, {len(devices)} are here; set config.mesh')
+  return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+  """Constrains an activation to the logical axes `names`; does nothing outside a mesh."""
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return nn.with_logical_constraint(x, names, rules=RULES, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
+
+
+def shardings_of(abstract: PyTree, mesh: Mesh) -> PyTree:
+  """Maps a boxed abstract tree (from `jax.eval_shape` of an init) to its shardings, box-free.
+
+  Raises:
+    ConfigError: a leaf carries an axis name that is not in `RULES`.
+  """
+  known = {name for name, _ in RULES}
+
+  def sharding(path: Any, leaf: Any) -> NamedSharding:
+    if not isinstance(leaf, nn.LogicallyPartitioned):
+      return NamedSharding(mesh, PartitionSpec())
+    unknown = [name for name in leaf.names if name is not None and name not in known]
+    if unknown:
+      raise ConfigError(f'parameter {jax.tree_util.keystr(path)} has axis {unknown[0]!r}, which is not in partitioning.RULES')
+    return NamedSharding(mesh, nn.logical_to_mesh_axes(leaf.names, RULES))
+
+  return jax.tree_util.tree_map_with_path(sharding, abstract, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Sharding of a batch: rows over data and fsdp, everything else replicated."""
+  return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
+
+

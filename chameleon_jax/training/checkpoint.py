@@ -1,0 +1,293 @@
+"""Checkpoints of a run, and plain parameter trees on disk.
+
+A checkpoint holds the train state, the position of the input pipeline and the resolved config, saved as one
+step, so that none of them can be newer than the others. Steps appear under their final name only when they
+are whole; a process killed while saving leaves the previous step as the latest.
+
+Does not know what is in the state or the config. Built on Orbax's `CheckpointManager` (the stable v0
+interface) and on Grain's Orbax handler; both are fenced into this file.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from chameleon_jax.array_types import PyTree
+from chameleon_jax.config import CheckpointConfig
+from chameleon_jax.errors import CheckpointError
+
+FORMAT = 'chameleon_jax.checkpoint.1'  # marks our checkpoints, so that a foreign one is told apart
+
+_STATE, _ITERATOR, _CONFIG = 'state', 'iterator', 'config'
+
+
+def _one_line(error: BaseException) -> str:
+  """The first line that says something: a full disk before everything else."""
+  text = ' '.join(str(error).split())
+  if 'No space left' in text or 'RESOURCE_EXHAUSTED' in text or 'Errno 28' in text:
+    return 'the disk is full'
+  return text[:300] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[None]:
+  """Keeps Orbax's tracebacks of a failed background save off the screen; the error itself is raised."""
+  logger = logging.getLogger('absl')
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
+
+
+class Checkpoints:
+  """The checkpoints of one run, numbered by step.
+
+  With `config.asynchronous` the arrays are copied at once and written in the background; an error of the
+  writing shows up as `CheckpointError` at the next `save`, `wait` or `close`. In every case the steps
+  listed by `latest_step` are complete.
+
+  Example:
+    with Checkpoints(workdir / 'checkpoints', config.checkpoint) as checkpoints:
+      checkpoints.save(100, state, iterator=batches, config=dataclasses.asdict(config))
+  """
+
+  def __init__(self, directory: str | os.PathLike, config: CheckpointConfig):
+    self.directory = Path(directory).absolute()
+    try:
+      self.directory.mkdir(parents=True, exist_ok=True)
+      with _quiet_orbax():
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(max_to_keep=config.keep_last, enable_async_checkpointing=config.asynchronous),
+        )
+    except (OSError, ValueError) as error:
+      raise CheckpointError(f'cannot use {self.directory} for checkpoints: {_one_line(error)}') from error
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    try:
+      self.close()
+    except CheckpointError:
+      if error is None:  # the first error is the one to show
+        raise
+
+  def save(self, step: int, state: PyTree, *, iterator: Any = None, config: dict[str, Any]) -> None:
+    """Saves everything of `step`.
+
+    Args:
+      step: updates that are in `state`.
+      state: tree of arrays, without boxes.
+      iterator: a Grain iterator, whose position is saved; None where there is none.
+      config: the resolved config as JSON-able values.
+
+    Raises:
+      CheckpointError: the step exists, or it or a save before it could not be written.
+    """
+    items: dict[str, Any] = {
+        _STATE: ocp.args.StandardSave(state),
+        _CONFIG: ocp.args.JsonSave({'format': FORMAT, 'step': step, 'config': config}),
+    }
+    if iterator is not None:
+      items[_ITERATOR] = grain.checkpoint.CheckpointSave(iterator)
+    if step in self._manager.all_steps():
+      raise CheckpointError(f'step {step} was not saved in {self.directory}: a checkpoint of that step exists')
+    with self._errors(f'saving step {step}'):
+      self._manager.check_for_errors()
+      saved = self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+    if not saved:
+      raise CheckpointError(f'step {step} was not saved in {self.directory}: Orbax declined it')
+
+  def latest_step(self) -> int | None:
+    """The newest complete step, None where there is none."""
+    return self._manager.latest_step()
+
+  def all_steps(self) -> list[int]:
+    """The complete steps, oldest first."""
+    return sorted(self._manager.all_steps())
+
+  def restore(self, abstract: PyTree, *, iterator: Any = None, step: int | None = None) -> PyTree:
+    """Returns the state of `step`, the newest by default, laid out as `abstract` says.
+
+    Args:
+      abstract: tree of `jax.ShapeDtypeStruct` with shardings (or of arrays to imitate).
+      iterator: Grain iterator that is moved to the saved position in place.
+      step: which step.
+
+    Raises:
+      CheckpointError: no such step, not a checkpoint of this project, or the shapes or names differ.
+    """
+    step = self._known_step(step)
+    self.config(step)  # tells a foreign checkpoint apart
+    items: dict[str, Any] = {_STATE: ocp.args.StandardRestore(abstract)}
+    if iterator is not None:
+      if not (self.directory / str(step) / _ITERATOR).is_dir():
+        raise CheckpointError(f'checkpoint {self.directory / str(step)} holds no position of the input data; restore it without iterator')
+      items[_ITERATOR] = grain.checkpoint.CheckpointRestore(iterator)
+    path = self.directory / str(step)
+    with self._errors(f'restoring step {step}'):
+      with ocp.PyTreeCheckpointer() as checkpointer:
+        _check_same_shapes(f'checkpoint {path}', _metadata(checkpointer, path / _STATE), abstract)
+      return self._manager.restore(step, args=ocp.args.Composite(**items))[_STATE]
+
+  def config(self, step: int | None = None) -> dict[str, Any]:
+    """The resolved config saved with `step`, the newest by default.
+
+    Raises:
+      CheckpointError: no such step, or not a checkpoint of this project.
+    """
+    step = self._known_step(step)
+    path = self.directory / str(step)
+    if not (path / _CONFIG).is_dir() or not (path / _STATE).is_dir():
+      raise CheckpointError(f'{path} is not a checkpoint of chameleon_jax (no {_STATE} and {_CONFIG} in it); name another directory')
+    with self._errors(f'reading the config of step {step}'):
+      saved = self._manager.restore(step, args=ocp.args.Composite(**{_CONFIG: ocp.args.JsonRestore()}))[_CONFIG]
+    if not isinstance(saved, dict) or saved.get('format') != FORMAT:
+      raise CheckpointError(f'{path} was not written in the format {FORMAT}; name another directory')
+    return saved['config']
+
+  def wait(self) -> None:
+    """Returns once every save is on disk.
+
+    Raises:
+      CheckpointError: one of them failed.
+    """
+    with self._errors('saving'):
+      self._manager.wait_until_finished()
+      self._manager.check_for_errors()
+
+  def close(self) -> None:
+    """Waits and lets go of the directory.
+
+    Raises:
+      CheckpointError: a save in the background failed.
+    """
+    try:
+      self.wait()
+    finally:
+      with self._errors('closing'):
+        self._manager.close()
+
+  def _known_step(self, step: int | None) -> int:
+    if step is None:
+      step = self.latest_step()
+      if step is None:
+        raise CheckpointError(f'no checkpoint in {self.directory}')
+    elif step not in self._manager.all_steps():
+      raise CheckpointError(f'no checkpoint of step {step} in {self.directory}; there are {self.all_steps()}')
+    return step
+
+  @contextlib.contextmanager
+  def _errors(self, doing: str) -> Iterator[None]:
+    try:
+      with _quiet_orbax():
+        yield
+    except CheckpointError:
+      raise
+    except Exception as error:  # Orbax raises OSError, ValueError, KeyError, XlaRuntimeError and its own
+      raise CheckpointError(f'{doing} in {self.directory} failed: {_one_line(error)}') from error
+
+
+def save_tree(path: str | os.PathLike, tree: PyTree) -> None:
+  """Writes a tree of arrays as the directory `path`, replacing it.
+
+  The tree is written beside `path` and moved into place, so `path` is always the old tree or the new one.
+
+  Raises:
+    CheckpointError: it cannot be written; what was at `path` is still there.
+  """
+  path = Path(path).absolute()
+  aside, old = path.with_name(f'.{path.name}.writing'), path.with_name(f'.{path.name}.old')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in (aside, old):
+      shutil.rmtree(leftover, ignore_errors=True)
+    with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
+      checkpointer.save(aside / 'tree', tree)
+    if jax.process_index() == 0:
+      (aside / 'tree' / 'commit_success.txt').unlink(missing_ok=True)  # names the folder it was written in; the rename below is our commit
+      if path.exists():
+        path.rename(old)
+      (aside / 'tree').rename(path)
+      shutil.rmtree(old, ignore_errors=True)
+  except Exception as error:
+    if old.exists() and not path.exists():
+      old.rename(path)
+    raise CheckpointError(f'cannot write {path}: {_one_line(error)}') from error
+  finally:
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def load_tree(path: str | os.PathLike, abstract: PyTree = None) -> PyTree:
+  """Reads what `save_tree` wrote.
+
+  Args:
+    path: the directory.
+    abstract: tree of `jax.ShapeDtypeStruct`, with shardings where arrays should be laid out at once; shapes
+      must agree, types are converted. None returns numpy arrays as they were saved.
+
+  Raises:
+    CheckpointError: missing, damaged, or of other shapes or names.
+  """
+  path = Path(path).absolute()
+  if not path.is_dir():
+    raise CheckpointError(f'no saved parameters at {path}')
+  try:
+    with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
+      metadata = _metadata(checkpointer, path)
+      if abstract is None:
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
+        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+      _check_same_shapes(f'the parameters at {path}', metadata, abstract)
+      restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
+      return checkpointer.restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
+  except CheckpointError:
+    raise
+  except Exception as error:
+    raise CheckpointError(f'cannot read the parameters at {path}: {_one_line(error)}') from error
+
+
+def _metadata(checkpointer: ocp.PyTreeCheckpointer, path: Path) -> PyTree:
+  """Tree of saved shapes and types."""
+  metadata = checkpointer.metadata(path).item_metadata
+  if metadata is None:
+    raise CheckpointError(f'{path} holds no saved arrays, or they are damaged')
+  return metadata.tree
+
+
+def _check_same_shapes(what: str, saved: PyTree, wanted: PyTree) -> None:
+  """Raises CheckpointError naming the first leaf that only one side has or whose shapes differ."""
+
+  def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    arrays = [(key, leaf) for key, leaf in leaves if getattr(leaf, 'shape', None) is not None]
+    return {jax.tree_util.keystr(key, simple=True, separator='/'): tuple(leaf.shape) for key, leaf in arrays}
+
+  here, there = shapes(saved), shapes(wanted)
+  for name in sorted(here.keys() | there.keys(), key=lambda name: (not name.startswith('params'), name)):
+    if name not in here:
+      raise CheckpointError(f'{what} has no {name!r}, which the config asks for')
+    if name not in there:
+      raise CheckpointError(f'{what} holds {name!r}, which the config does not ask for')
+    if here[name] != there[name]:
+      raise CheckpointError(f'{name!r} has shape {here[name]} in {what}, the config wants {there[name]}')
+
+
+def resolved(config: Any) -> dict[str, Any]:
+  """A frozen dataclass as plain JSON values: tuples become lists."""
+  return json.loads(json.dumps(dataclasses.asdict(config)))

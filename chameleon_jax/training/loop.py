@@ -1,0 +1,334 @@
+"""A whole run of the transformer: pre-training or supervised fine-tuning, started or resumed.
+
+    WORKDIR/config.json      the resolved config
+    WORKDIR/checkpoints/     state, position in the data and config of the last steps
+    WORKDIR/metrics.jsonl    scalars; WORKDIR/tensorboard/ the same
+    WORKDIR/model/           model folder, written when the run ends or is cut short cleanly
+
+A run that finds checkpoints in its folder goes on from the newest; on one machine and CPU its losses are then
+bit-identical to those of a run that was never interrupted. Pre-training and fine-tuning differ in their
+config only: the sources of documents, whose prompts carry no loss, and the schedule.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from chameleon_jax.array_types import Array
+from chameleon_jax.config import TrainConfig
+from chameleon_jax.data.encode import make_encoder, table_of_codes, world_pictures
+from chameleon_jax.data.pipeline import dropped_documents, make_batches, to_devices, validation_batches
+from chameleon_jax.errors import ChameleonError, ConfigError
+from chameleon_jax.interop.native import ModelParts, check_fit, load_model, save_model
+from chameleon_jax.models.transformer.model import Transformer
+from chameleon_jax.partitioning import make_mesh
+from chameleon_jax.tokens.vocabulary import Vocabulary
+from chameleon_jax.training.checkpoint import Checkpoints, resolved
+from chameleon_jax.training.losses import LossSums
+from chameleon_jax.training.metrics import MetricsWriter
+from chameleon_jax.training.optimizer import make_optimizer
+from chameleon_jax.training.state import TrainState, abstract_state, init_state
+from chameleon_jax.training.step import Metrics, make_eval_step, make_train_step
+
+
+class NonFiniteLossError(ChameleonError):
+  """The loss or its gradient is infinite or not a number; the update was not applied."""
+
+
+def train(
+    config: TrainConfig,
+    workdir: str | os.PathLike,
+    *,
+    tokenizers: ModelParts | None = None,
+    stop_after: int | None = None,
+    max_minutes: float | None = None,
+) -> TrainState:
+  """Trains, or goes on training, and writes the model folder.
+
+  Args:
+    config: the run.
+    workdir: where it lives; holds the checkpoints that are resumed.
+    tokenizers: text tokenizer and, for pictures, image tokenizer; those of `config.tokenizers`, else of
+      `config.init_from`, by default.
+    stop_after: save and stop after this step; the schedule stays that of `config.n_steps`.
+    max_minutes: save and stop after this time.
+
+  Returns:
+    The state after the last step.
+
+  Raises:
+    NonFiniteLossError: names the step; the last good checkpoint stays.
+    ConfigError, DataError, CheckpointError: settings, data or files do not fit.
+  """
+  deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
+  workdir = Path(workdir)
+  parts = _tokenizers(config, tokenizers)
+  mesh = make_mesh(config.mesh)
+  last_step = config.n_steps if stop_after is None else min(stop_after, config.n_steps)
+
+  with MetricsWriter(workdir, total_steps=config.n_steps) as writer, Checkpoints(workdir / 'checkpoints', config.checkpoint) as checkpoints:
+    run = _Run(config, parts, mesh, writer, checkpoints)
+    state = run.start()
+    if jax.process_index() == 0:
+      (workdir / 'config.json').write_text(json.dumps(resolved(config), indent=2) + '\n')
+    try:
+      state = run.steps(state, last_step, deadline)
+    finally:
+      run.batches.close()
+    if jax.process_count() == 1:
+      save_model(workdir / 'model', run.model_parts(state))
+      writer.say(f'model folder: {workdir / "model"} (step {int(state.step)})')
+    else:
+      writer.say('a run on several hosts writes no model folder; its parameters are in the checkpoints')
+    return state
+
+
+class _Run:
+  """What stays fixed while a run goes on."""
+
+  def __init__(self, config: TrainConfig, parts: ModelParts, mesh: Mesh, writer: MetricsWriter, checkpoints: Checkpoints):
+    self.config, self.parts, self.mesh, self.writer, self.checkpoints = config, parts, mesh, writer, checkpoints
+    self.model = Transformer(config.model)
+    self.optimizer = make_optimizer(config.optimizer, config.n_steps)
+    self.abstract = abstract_state(self.model, self.optimizer, mesh)
+    self.train_step = make_train_step(self.model, self.optimizer, config, mesh)
+    self.eval_step = make_eval_step(self.model, config, mesh, jax.tree.map(lambda leaf: leaf.sharding, self.abstract.params))
+    self.key = jax.random.key(config.seed)
+    self.saved_step: int | None = None
+    self.data = self._data_options()
+    self.batches = make_batches(config.data, n_steps=config.n_steps, **self.data)
+
+  def _data_options(self) -> dict[str, Any]:
+    names = [name for stage in self.config.data.stages for name, _ in stage.weights]
+    options: dict[str, Any] = {'vocabulary': Vocabulary(self.config.vocabulary), 'text_tokenizer': self.parts.text_tokenizer}
+    if self.parts.vqgan_config is not None:
+      options['encode_images'] = make_encoder(self.parts.vqgan_config, self.parts.vqgan_params)
+      pictures = world_pictures(names)
+      if pictures is not None:
+        self.writer.say(f'encoding {len(pictures):,} pictures')
+        options['codes'] = table_of_codes(pictures, options['encode_images'])
+    return options
+
+  def start(self) -> TrainState:
+    """The newest checkpoint, or a fresh state; moves the data to the same place."""
+    n_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract.params))
+    shape = f'{self.config.data.batch_size} x {self.config.data.seq_len} tokens a step'
+    self.writer.say(f'{n_parameters:,} parameters, {shape}, {len(self.mesh.devices.flat)} x {self.mesh.devices.flat[0].device_kind}')
+    self.saved_step = self.checkpoints.latest_step()
+    if self.saved_step is not None:
+      before = self.checkpoints.config(self.saved_step)
+      for change in _changes(before, resolved(self.config)):
+        self.writer.say(f'note: config differs from the checkpoint: {change}')
+      state = self.checkpoints.restore(self.abstract, iterator=self.batches)
+      self.writer.say(f'resumed after step {self.saved_step:,}')
+      return state
+    params = None
+    if self.config.init_from is not None:
+      params = _initial_params(self.config)
+      self.writer.say(f'starting from {self.config.init_from}')
+    return init_state(self.model, self.optimizer, self.mesh, key=jax.random.fold_in(self.key, 2**31 - 1), params=params)
+
+  def steps(self, state: TrainState, last_step: int, deadline: float) -> TrainState:
+    """Runs up to `last_step` or the deadline and saves; logs, evaluates and saves on the way."""
+    config, log = self.config, _Log(self.writer)
+    fetch_at_once = self.mesh.devices.flat[0].platform == 'cpu'  # many CPU devices deadlock when steps pile up
+    step = int(state.step)
+    previous: Metrics | None = None
+    with jax.set_mesh(self.mesh):
+      while step < last_step:
+        began = time.monotonic()
+        batch = next(self.batches)
+        arrays = to_devices(batch, self.mesh)
+        waited = time.monotonic() - began
+        state, metrics = self.train_step(state, arrays, self.key)
+        step += 1
+        if fetch_at_once:
+          self._check_finite(metrics, step)
+        elif previous is not None:
+          self._check_finite(previous, step - 1)  # a step behind, so the device never waits for the host
+        previous = metrics
+        log.add(metrics, batch, waited)
+        logs, evaluates = step % config.log_every == 0, step % config.eval_every == 0
+        stops = step >= last_step or ((logs or jax.process_count() == 1) and _agreed(time.monotonic() > deadline))
+        saves = stops or step % config.checkpoint.every_steps == 0
+        if logs or evaluates or saves:
+          self._check_finite(metrics, step)
+        if logs or stops:
+          log.write(step, dropped=dropped_documents(self.batches))
+        if evaluates or step == config.n_steps:
+          with log.pause():
+            self._evaluate(state, step)
+        if saves:
+          with log.pause():
+            self._save(state, step)
+        if stops:
+          break
+    if self.saved_step != step:
+      self._save(state, step)
+    self.checkpoints.wait()
+    return state
+
+  def _save(self, state: TrainState, step: int) -> None:
+    self.checkpoints.save(step, state, iterator=self.batches, config=resolved(self.config))
+    self.saved_step = step
+
+  def _check_finite(self, metrics: Metrics, step: int) -> None:
+    if float(metrics['finite']) == 1.0:
+      return
+    figures = f'loss {float(metrics["loss"])}, gradient norm {float(metrics["gradient_norm"])}'
+    kept = self.checkpoints.latest_step()
+    advice = 'lower optimizer.learning_rate or lengthen optimizer.warmup_steps'
+    where = 'no checkpoint was saved yet' if kept is None else f'the last good checkpoint is step {kept} in {self.checkpoints.directory}'
+    raise NonFiniteLossError(f'step {step}: not finite ({figures}); stopped, {where}; {advice}')
+
+  def _evaluate(self, state: TrainState, step: int) -> None:
+    """Losses on validation documents, of each source by itself and of all of them, always on the same batches."""
+    total = LossSums.zeros()
+    values: dict[str, float] = {}
+    batches = validation_batches(self.config.data, n_steps=self.config.eval_batches, **self.data)
+    for name, source_batches in batches.items():
+      sums = LossSums.zeros()
+      for batch in source_batches:
+        sums = jax.tree.map(lambda a, b: a + float(b), sums, self.eval_step(state.params, to_devices(batch, self.mesh)))
+      total = total + sums
+      values |= {f'{name}/{key}': value for key, value in _losses(sums).items()}
+    if not values:
+      return
+    values |= _losses(total)
+    self.writer.write(step, values, prefix='validation')
+    self.writer.progress(step, {f'validation {key.replace("_", " ")}': values[key] for key in _losses(total)})
+
+  def model_parts(self, state: TrainState) -> ModelParts:
+    """The trained transformer with the tokenizers it was trained with."""
+    return ModelParts(
+        transformer_config=self.config.model,
+        transformer_params=jax.device_get(state.params),
+        vqgan_config=self.parts.vqgan_config,
+        vqgan_params=self.parts.vqgan_params,
+        vocabulary=self.config.vocabulary,
+        text_tokenizer=self.parts.text_tokenizer,
+    )
+
+
+class _Log:
+  """Collects the metrics of the steps since the last line."""
+
+  def __init__(self, writer: MetricsWriter):
+    self._writer = writer
+    self._reset()
+
+  def _reset(self) -> None:
+    self._metrics: list[Metrics] = []
+    self._n_tokens, self._n_positions, self._waited, self._paused = 0, 0, 0.0, 0.0
+    self._began = time.monotonic()
+
+  def add(self, metrics: Metrics, batch: Mapping[str, np.ndarray], waited: float) -> None:
+    """Takes one step; device values are not fetched yet. Hosts are taken to have equally full batches."""
+    self._metrics.append(metrics)
+    self._n_tokens += int(np.count_nonzero(batch['segment_ids'])) * jax.process_count()
+    self._n_positions += batch['tokens'].size * jax.process_count()
+    self._waited += waited
+
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """What happens inside does not count as time of the steps."""
+    began = time.monotonic()
+    yield
+    self._paused += time.monotonic() - began
+
+  def write(self, step: int, *, dropped: int) -> None:
+    """Means over the steps since the last call: losses over tokens, the rest over steps."""
+    fetched = jax.device_get(self._metrics)
+    values: dict[str, float] = {}
+    for name in fetched[0]:
+      values[name] = float(np.mean([metrics[name] for metrics in fetched]))
+    for modality in ('text', 'image'):
+      counts = np.array([metrics[f'n_{modality}'] for metrics in fetched], np.float64)
+      losses = np.array([metrics[f'loss_{modality}'] for metrics in fetched], np.float64)
+      values.pop(f'loss_{modality}')
+      if counts.sum() > 0:
+        values[f'loss_{modality}'] = float(np.sum(np.where(counts > 0, losses, 0) * counts) / counts.sum())
+    values['learning_rate'] = float(fetched[-1]['learning_rate'])
+    del values['finite']
+    seconds = max(1e-9, time.monotonic() - self._began - self._paused)
+    values['tokens_per_second'] = self._n_tokens / seconds
+    values['fill'] = self._n_tokens / self._n_positions
+    values['data_wait_ms'] = 1000 * self._waited / len(fetched)
+    values['data_wait_fraction'] = self._waited / seconds
+    values['dropped_documents'] = float(dropped)
+    self._writer.write(step, values)
+    shown = {name.removeprefix('loss_'): values[name] for name in ('loss', 'loss_text', 'loss_image') if name in values}
+    self._writer.progress(step, {**shown, 'tok/s': round(values['tokens_per_second'])})
+    self._reset()
+
+
+def _tokenizers(config: TrainConfig, given: ModelParts | None) -> ModelParts:
+  """The tokenizers of a run, checked against its vocabulary.
+
+  Raises:
+    ConfigError: there are none.
+    CheckpointError: they do not fit the vocabulary.
+  """
+  folder = config.tokenizers or config.init_from
+  if given is None and folder is None:
+    raise ConfigError('no tokenizers: set config.tokenizers to a model folder with a text tokenizer (and an image tokenizer for pictures)')
+  parts = _merged(str(folder)) if given is None else given
+  if parts.text_tokenizer is None:
+    raise ConfigError(f'{folder or "the given tokenizers"} holds no text tokenizer; make one with `chameleon train-text-tokenizer`')
+  mine = ModelParts(
+      vqgan_config=parts.vqgan_config, vqgan_params=parts.vqgan_params, vocabulary=config.vocabulary, text_tokenizer=parts.text_tokenizer
+  )
+  check_fit(mine, where=f'config.vocabulary and {folder or "the given tokenizers"}')
+  return mine
+
+
+def _merged(folders: str) -> ModelParts:
+  """The tokenizers of one folder, or of several separated by commas: each part from the first that has it."""
+  found = [load_model(folder.strip()) for folder in folders.split(',')]
+  images = next((parts for parts in found if parts.vqgan_config is not None), ModelParts())
+  texts = next((parts for parts in found if parts.text_tokenizer is not None), ModelParts())
+  return ModelParts(vqgan_config=images.vqgan_config, vqgan_params=images.vqgan_params, text_tokenizer=texts.text_tokenizer)
+
+
+def _initial_params(config: TrainConfig) -> Any:
+  parts = load_model(str(config.init_from))
+  if parts.transformer_config is None:
+    raise ConfigError(f'config.init_from: {config.init_from} holds no transformer')
+  if parts.vocabulary is not None and parts.vocabulary != config.vocabulary:
+    raise ConfigError(f'config.init_from: {config.init_from} has another vocabulary, {parts.vocabulary}, than config.vocabulary')
+  for name in ('norm_position', 'norm_eps', 'qk_norm', 'qk_norm_eps', 'rope_theta', 'scan_layers'):
+    theirs, ours = getattr(parts.transformer_config, name), getattr(config.model, name)
+    if theirs != ours:
+      raise ConfigError(f'config.init_from: {config.init_from} was trained with {name} {theirs!r}, config.model.{name} is {ours!r}')
+  return parts.transformer_params
+
+
+def _agreed(flag: bool) -> bool:
+  """The flag of the first host, so that all stop at the same step."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+
+
+def _losses(sums: LossSums) -> dict[str, float]:
+  """Nats per token of each modality that was there."""
+  found = {'loss_text': float(sums.text_weight), 'loss_image': float(sums.image_weight)}
+  metrics: Mapping[str, Array] = sums.metrics()
+  return {name: float(metrics[name]) for name, weight in found.items() if weight > 0}
+
+
+def _changes(before: Any, now: Any, key: str = 'config') -> list[str]:
+  """The settings that differ, one line each."""
+  if isinstance(before, dict) and isinstance(now, dict):
+    return [line for name in sorted(before.keys() | now.keys()) for line in _changes(before.get(name), now.get(name), f'{key}.{name}')]
+  return [] if before == now else [f'{key} was {before!r}, is {now!r}']

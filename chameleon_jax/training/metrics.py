@@ -1,0 +1,110 @@
+"""Where the numbers of a run go: a JSON-lines file, TensorBoard event files, and a line a person can watch.
+
+Does not know what is measured. Only the first process of a multi-host run writes.
+"""
+
+import collections
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+
+def duration(seconds: float) -> str:
+  """Seconds for people.
+
+  Example:
+    duration(42) == '42s'; duration(754) == '12m34s'; duration(7384) == '2h03m'
+  """
+  seconds = max(0, int(seconds + 0.5))
+  if seconds < 60:
+    return f'{seconds}s'
+  if seconds < 3600:
+    return f'{seconds // 60}m{seconds % 60:02d}s'
+  return f'{seconds // 3600}h{seconds % 3600 // 60:02d}m'
+
+
+def figure(value: float) -> str:
+  """A number in four digits or so.
+
+  Example:
+    figure(3.14159) == '3.142'; figure(0.000123) == '1.23e-04'; figure(51234.0) == '51,234'; figure(7) == '7'
+  """
+  if isinstance(value, int) or (math.isfinite(value) and abs(value) >= 10_000):
+    return f'{value:,.0f}'
+  if value != 0 and abs(value) < 0.01:
+    return f'{value:.2e}'
+  return f'{value:.4g}'
+
+
+class MetricsWriter:
+  """Writes `workdir/metrics.jsonl` and `workdir/tensorboard/`, and the progress line (to `stream`, a text file; stderr by default).
+
+  A line of metrics.jsonl is `{"step": 20, "time": <seconds since 1970>, "train/loss": 3.2, ...}`. A resumed
+  run appends; of two lines with the same step and prefix the later one counts.
+  """
+
+  def __init__(self, workdir: str | os.PathLike, *, total_steps: int, stream: Any = None):
+    self.total_steps = total_steps
+    self._stream = sys.stderr if stream is None else stream
+    self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=32)  # (time, step) of the last progress lines
+    self._active = jax.process_index() == 0
+    if self._active:
+      workdir = Path(workdir)
+      workdir.mkdir(parents=True, exist_ok=True)
+      self._jsonl = (workdir / 'metrics.jsonl').open('a', encoding='utf-8', buffering=1)
+      self._events = SummaryWriter(str(workdir / 'tensorboard'), flush_secs=30)
+
+  def __enter__(self) -> 'MetricsWriter':
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    self.close()
+
+  def write(self, step: int, values: Mapping[str, float], *, prefix: str = 'train') -> None:
+    """Records scalars of one step under `prefix/name`; values that are not finite are kept as strings in the JSON."""
+    if not self._active:
+      return
+    numbers = {f'{prefix}/{name}': float(value) for name, value in values.items()}
+    plain = {name: value if math.isfinite(value) else str(value) for name, value in numbers.items()}
+    self._jsonl.write(json.dumps({'step': int(step), 'time': round(time.time(), 3), **plain}) + '\n')
+    for name, value in numbers.items():
+      if math.isfinite(value):
+        self._events.add_scalar(name, value, int(step))
+
+  def progress(self, step: int, values: Mapping[str, float], *, note: str = '') -> None:
+    """Prints one line on stderr: the step, the values, steps a second over the last lines, and the time left.
+
+    Example:
+      step 120/1,000 (12%)  loss 3.214  tok/s 4,120  1.9 steps/s  7m43s left
+    """
+    if not self._active:
+      return
+    now = time.monotonic()
+    parts = [f'step {step:,}/{self.total_steps:,} ({100 * step // max(1, self.total_steps)}%)']
+    parts += [f'{name} {figure(value)}' for name, value in values.items()]
+    self._recent.append((now, step))
+    seconds, done = now - self._recent[0][0], step - self._recent[0][1]
+    if done > 0 and seconds > 0:
+      parts += [f'{figure(done / seconds)} steps/s', f'{duration((self.total_steps - step) * seconds / done)} left']
+    print('  '.join(parts + ([note] if note else [])), file=self._stream, flush=True)
+
+  def say(self, text: str) -> None:
+    """Prints a line of plain words to the same place."""
+    if self._active:
+      print(text, file=self._stream, flush=True)
+
+  def close(self) -> None:
+    """Flushes and closes the files."""
+    if self._active:
+      self._jsonl.close()
+      self._events.close()
+      self._active = False

@@ -1,0 +1,142 @@
+"""One update, and one evaluation, as jitted functions of explicit values.
+
+Mixed precision is the model's affair (`model.dtype` over float32 masters). The keys of dropout are derived
+from the run's key and the step, so nothing random has to be saved.
+"""
+
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from chameleon_jax.array_types import Array, Params, PyTree
+from chameleon_jax.config import TrainConfig
+from chameleon_jax.errors import ConfigError
+from chameleon_jax.partitioning import batch_sharding, constrain
+from chameleon_jax.training.losses import LossSums, Modalities, effective_weights, next_token_loss
+from chameleon_jax.training.optimizer import make_schedule
+from chameleon_jax.training.state import TrainState, state_shardings
+
+Batch = dict[str, Array]  # tokens, targets, loss_weights, segment_ids, positions, each [B, T]
+Metrics = dict[str, Array]
+
+
+def modalities_of(config: TrainConfig) -> Modalities:
+  """Where the image codes lie among the token ids (from 4 on, see `VocabularyConfig`) and what both kinds of targets weigh."""
+  return Modalities((4, 4 + config.vocabulary.n_codes), text_weight=config.text_loss_weight, image_weight=config.image_loss_weight)
+
+
+def _loss_sums(model: nn.Module, config: TrainConfig, params: Params, batch: Batch, key: Array | None) -> tuple[LossSums, Metrics]:
+  hidden, _, diagnostics = model.apply(
+      {'params': params},
+      batch['tokens'],
+      positions=batch['positions'],
+      segment_ids=batch['segment_ids'],
+      deterministic=key is None,
+      rngs=None if key is None else {'dropout': key},
+      method='hidden',
+  )
+  sums = next_token_loss(
+      lambda piece: model.apply({'params': params}, piece, method='unembed'),
+      hidden,
+      batch['targets'],
+      batch['loss_weights'],
+      modalities=modalities_of(config),
+      chunks=config.loss_chunks,
+  )
+  return sums, _summary(diagnostics)
+
+
+def _summary(diagnostics: Mapping[str, Array]) -> Metrics:
+  """Per-layer diagnostics as scalars: the output of the last layer, the largest of everything else."""
+  return {name: jax.lax.stop_gradient(value[-1] if name.startswith('output') else jnp.max(value)) for name, value in diagnostics.items()}
+
+
+def make_train_step(
+    model: nn.Module, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
+  """Returns `step(state, batch, key) -> (state, metrics)`; call it under `jax.set_mesh(mesh)`.
+
+  The batch is cut into `optimizer.accumulate_steps` microbatches of rows that run one after the other; their
+  gradients add up to the gradient of the whole batch, since every microbatch is divided by the loss weight of
+  all of them. An update whose loss or gradient is not finite is not applied: state and step stay, and
+  `metrics['finite']` is 0. The state is donated.
+
+  Metrics (float32 scalars): loss, loss_text, loss_image, z (mean log Z), logit_norm, gradient_norm (before
+  clipping), parameter_norm, learning_rate, n_text, n_image (predicted tokens), finite, and the model's diagnostics.
+
+  Raises:
+    ConfigError: the batch size is not a multiple of accumulate_steps times the devices that share a batch.
+  """
+  n_micro = config.optimizer.accumulate_steps
+  n_batch_shards = mesh.shape['data'] * mesh.shape['fsdp']
+  if config.data.batch_size % (n_micro * n_batch_shards):
+    parts = f'optimizer.accumulate_steps {n_micro} times {n_batch_shards} devices (data x fsdp)'
+    raise ConfigError(f'data.batch_size {config.data.batch_size} is not a multiple of {parts}')
+  schedule = make_schedule(config.optimizer, config.n_steps)
+  shardings = state_shardings(model, optimizer, mesh)
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def total_weight(batch: Batch) -> Array:
+    return jnp.maximum(jnp.sum(effective_weights(batch['targets'], batch['loss_weights'], modalities_of(config))), 1e-9)
+
+  def gradient(params: Params, batch: Batch, key: Array, weight: Array) -> tuple[PyTree, tuple[LossSums, Metrics]]:
+    def objective(params: Params) -> tuple[Array, tuple[LossSums, Metrics]]:
+      sums, diagnostics = _loss_sums(model, config, params, batch, key)
+      return (sums.cross_entropy + config.z_loss * sums.z_squared) / weight, (sums, diagnostics)
+
+    gradients, aux = jax.grad(objective, has_aux=True)(params)
+    return gradients, aux
+
+  def accumulated(params: Params, batch: Batch, key: Array) -> tuple[PyTree, LossSums, Metrics]:
+    weight = total_weight(batch)
+    if n_micro == 1:
+      gradients, (sums, diagnostics) = gradient(params, batch, key, weight)
+      return gradients, sums, diagnostics
+
+    def split(x: Array) -> Array:
+      # Row r goes to microbatch r % n_micro, so each device keeps its own rows.
+      return constrain(jnp.moveaxis(x.reshape(-1, n_micro, *x.shape[1:]), 1, 0), None, 'batch', None)
+
+    def add(carry: tuple[PyTree, LossSums], inputs: tuple[Array, Batch]) -> tuple[tuple[PyTree, LossSums], Metrics]:
+      index, micro = inputs
+      gradients, (sums, diagnostics) = gradient(params, micro, jax.random.fold_in(key, index), weight)
+      return (jax.tree.map(jnp.add, carry[0], gradients), carry[1] + sums), diagnostics
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (gradients, sums), diagnostics = jax.lax.scan(add, (zeros, LossSums.zeros()), (jnp.arange(n_micro), jax.tree.map(split, batch)))
+    return gradients, sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), diagnostics)
+
+  def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
+    gradients, sums, diagnostics = accumulated(state.params, batch, jax.random.fold_in(key, state.step))
+    loss, gradient_norm = sums.loss(config.z_loss), optax.global_norm(gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+    updated = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
+    finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    metrics = {
+        'loss': loss,
+        **sums.metrics(),
+        'gradient_norm': gradient_norm,
+        'parameter_norm': optax.global_norm(kept.params),
+        'learning_rate': schedule(state.step),
+        'n_text': sums.text_weight,
+        'n_image': sums.image_weight,
+        'finite': finite.astype(jnp.float32),
+        **diagnostics,
+    }
+    return kept, metrics
+
+  return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), replicated), out_shardings=(shardings, replicated), donate_argnums=0)
+
+
+def make_eval_step(model: nn.Module, config: TrainConfig, mesh: Mesh, params_shardings: PyTree) -> Callable[[Params, Batch], LossSums]:
+  """Returns `evaluate(params, batch) -> LossSums` without dropout; call it under `jax.set_mesh(mesh)`."""
+
+  def evaluate(params: Params, batch: Batch) -> LossSums:
+    return _loss_sums(model, config, params, batch, None)[0]
+
+  return jax.jit(evaluate, in_shardings=(params_shardings, batch_sharding(mesh)), out_shardings=NamedSharding(mesh, PartitionSpec()))

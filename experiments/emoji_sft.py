@@ -1,0 +1,62 @@
+"""Supervised fine-tuning on the emoji world: describe, draw, edit, answer.
+
+Claim:     after pre-training, a short run on conversations makes the model follow them; only answers carry loss.
+Source:    arXiv 2405.09818, section 3.1: cosine schedule, weight decay 0.1, z-loss as before, as many conversations in a
+           row as fit, a separator (end_turn) between prompt and answer, modalities balanced. Departures: no dropout, peak rate 1e-3
+           (1e-5 is for 7B), eps 1e-8, and a few plain documents stay in the mixture, so that the model still continues text and pages.
+Data:      weights count documents; emoji_chat holds all tasks, the others are single tasks.
+Size:      that of emoji_pretrain.py.
+Hardware:  two CPU cores as for pre-training, 2,500 steps in about an hour and three quarters.
+Watch:     validation/emoji_describe/loss_text, validation/emoji_draw/loss_image, validation/emoji_edit/loss_image.
+Command:   chameleon train --config=experiments/emoji_sft.py --workdir=runs/emoji/sft
+Before:    emoji_pretrain.py, whose model folder is the start and holds the tokenizers.
+After:     chameleon evaluate --suite=emoji --model=runs/emoji/sft/model
+"""
+
+import ml_collections
+
+from chameleon_jax.cli.flags import editable
+from chameleon_jax.config import (
+  CheckpointConfig,
+  DataConfig,
+  OptimizerConfig,
+  StageConfig,
+  TrainConfig,
+  TransformerConfig,
+  VocabularyConfig,
+)
+
+CONVERSATIONS = (('emoji_chat', 1.5), ('emoji_describe', 1.0), ('emoji_draw', 1.5), ('emoji_edit', 1.0))
+DOCUMENTS = (('emoji_text', 0.15), ('emoji_interleaved', 0.2))
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The config of this experiment."""
+  vocabulary = VocabularyConfig(size=3072, n_codes=1024, n_sentinels=0, n_reserved=8)
+  return editable(
+      TrainConfig(
+          model=TransformerConfig(
+              vocab_size=vocabulary.size,
+              d_model=256,
+              n_layers=6,
+              n_heads=4,
+              n_kv_heads=4,
+              d_head=64,
+              d_ff=704,
+              max_seq_len=512,
+              dropout=0.0,
+              dtype='bfloat16',
+          ),
+          vocabulary=vocabulary,
+          data=DataConfig(
+              stages=(StageConfig(1.0, (*CONVERSATIONS, *DOCUMENTS)),), seq_len=384, batch_size=16, packing_bins=16, shuffle_seed=1
+          ),
+          init_from='runs/emoji/pretrain/model',
+          optimizer=OptimizerConfig(learning_rate=1e-3, schedule='cosine', warmup_steps=100, eps=1e-8),
+          n_steps=2500,
+          eval_every=250,
+          log_every=20,
+          seed=1,
+          checkpoint=CheckpointConfig(every_steps=250),
+      )
+  )

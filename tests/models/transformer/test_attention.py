@@ -1,0 +1,102 @@
+"""Masks against their drawn examples, attention against float64 numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from chameleon_jax.models.transformer import attention
+
+
+def picture(mask) -> list[str]:
+  return [''.join('x' if cell else '.' for cell in row) for row in np.asarray(mask)]
+
+
+def draw(batch=3, length=20, slots=20, heads=6, kv_heads=2, d_head=8):
+  rng = np.random.default_rng(0)
+  shapes = (batch, length, heads, d_head), (batch, slots, kv_heads, d_head), (batch, slots, kv_heads, d_head)
+  return [(2 * rng.standard_normal(shape)).astype(np.float32) for shape in shapes]
+
+
+def reference(q, k, v, mask):
+  """float64, head by head; mask [B, T, S]."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  out = np.zeros(q.shape)
+  for head in range(q.shape[2]):
+    group = head // (q.shape[2] // k.shape[2])
+    scores = np.einsum('bth,bsh->bts', q[:, :, head], k[:, :, group]) / np.sqrt(q.shape[-1])
+    weights = np.where(mask, np.exp(scores - scores.max(-1, keepdims=True)), 0)
+    out[:, :, head] = np.einsum('bts,bsh->bth', weights / weights.sum(-1, keepdims=True), v[:, :, group])
+  return out
+
+
+def test_segment_mask_is_the_drawn_one():
+  mask = attention.segment_mask(jnp.array([[1, 1, 2, 2, 0]]))
+  assert picture(mask[0, 0]) == ['x....', 'xx...', '..x..', '..xx.', '....x']
+
+
+def test_causal_mask_is_the_lower_triangle():
+  assert picture(attention.causal_mask(3)[0, 0]) == ['x..', 'xx.', 'xxx']
+
+
+def test_cache_mask_is_the_drawn_one():
+  mask = attention.cache_mask(jnp.array([[2], [0]]), 4)
+  assert picture(mask[0, 0]) == ['xxx.'] and picture(mask[1, 0]) == ['x...']
+
+
+@pytest.mark.parametrize('kv_heads', [1, 2, 6])
+def test_attend_equals_float64(kv_heads):
+  q, k, v = draw(kv_heads=kv_heads)
+  mask = np.random.default_rng(1).random((3, 1, 20, 20)) < 0.5
+  mask[:, :, :, 0] = True
+  ours = attention.attend(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), jnp.asarray(mask), dtype='float32')
+  np.testing.assert_allclose(ours, reference(q, k, v, mask[:, 0]), atol=1e-5)
+
+
+def test_a_row_that_may_attend_nothing_stays_finite():
+  q, k, v = (jnp.asarray(x) for x in draw())
+  ours = attention.attend(q, k, v, jnp.zeros((3, 1, 20, 20), bool), dtype='float32')
+  assert np.isfinite(ours).all()
+
+
+@pytest.mark.parametrize('kv_heads', [1, 2, 6])
+def test_cache_attention_equals_float64(kv_heads):
+  q, k, v = draw(length=2, kv_heads=kv_heads)
+  positions = np.array([[3, 4], [0, 1], [18, 19]], np.int32)
+  slots = (jnp.swapaxes(jnp.asarray(x), 1, 2) for x in (k, v))
+  ours = attention.attend_cache(jnp.asarray(q), *slots, positions=positions, dtype='float32')
+  np.testing.assert_allclose(ours, reference(q, k, v, np.arange(20) <= positions[:, :, None]), atol=1e-5)
+
+
+def packed_rows(length: int) -> np.ndarray:
+  """One document; several, then padding; ids that come back, which no packer writes but the mask allows."""
+  several = np.zeros(length, np.int32)
+  for index, (start, end) in enumerate([(0, 7), (7, 90), (90, 91), (91, length - 5)]):
+    several[start:end] = index + 1
+  return np.stack([np.ones(length, np.int32), several[:length], np.arange(length, dtype=np.int32) // 11 % 3])
+
+
+@pytest.mark.parametrize('packed', [False, True], ids=['one_document', 'packed'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('length', [20, 192, 150], ids=['one_block', 'three_blocks', 'uneven'])
+def test_row_attention_and_its_gradients_equal_the_reference(packed, dtype, length):
+  q, k, v = (jnp.asarray(x) for x in draw(length=length, slots=length))
+  segments = jnp.asarray(packed_rows(length)) if packed else None
+  mask = attention.causal_mask(length) if segments is None else attention.segment_mask(segments)
+  weights = jnp.asarray(np.random.default_rng(2).standard_normal(q.shape), jnp.float32)
+
+  def ours(q, k, v):
+    out = attention.attend_rows(q, k, v, segment_ids=segments, dtype=dtype)
+    return jnp.sum(out * weights), out
+
+  def theirs(q, k, v):
+    out = attention.attend(q, k, v, mask, dtype='float32')
+    return jnp.sum(out * weights), out
+
+  gradients, out = jax.jit(jax.grad(ours, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+  expected_gradients, expected = jax.jit(jax.grad(theirs, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+  tolerance = 1e-5 if dtype == 'float32' else 0.05
+  assert out.dtype == jnp.dtype(dtype)
+  for a, b in zip((out, *gradients), (expected, *expected_gradients)):
+    assert np.abs(np.asarray(a, np.float32) - b).max() < tolerance * np.abs(b).max()
+  np.testing.assert_allclose(expected, reference(q, k, v, np.asarray(mask[:, 0])), atol=1e-5)

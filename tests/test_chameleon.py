@@ -1,0 +1,92 @@
+"""The object a user holds: pictures to codes and back, documents in and out, and what it says when a part is missing."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import chameleon_jax as cj
+from chameleon_jax.errors import CheckpointError, PromptError
+from chameleon_jax.interop.native import ModelParts
+from chameleon_jax.models.transformer.model import Transformer
+from chameleon_jax.models.vqgan.model import VQGAN
+from chameleon_jax.tokens import images
+
+GREEDY = cj.SamplingOptions(
+    greedy=True, image_greedy=True, guidance_text=1.0, guidance_image=1.0, repetition_penalty=1.0, max_new_tokens=20
+)
+
+
+@pytest.fixture(scope='module')
+def model(tiny_model_folder):
+  return cj.load(tiny_model_folder)
+
+
+@pytest.fixture(scope='module')
+def pictures():
+  return np.random.default_rng(0).integers(0, 256, (3, 16, 16, 3), dtype=np.uint8)
+
+
+def test_codes_are_those_of_the_network_in_row_major_order(model, pictures):
+  codes = model.encode_images(pictures)
+  network = VQGAN(model.parts.vqgan_config)
+  grid, _ = network.apply({'params': model.parts.vqgan_params}, images.to_float(pictures[1:2]), method='encode')
+  assert codes.shape == (3, 16) and codes.dtype == np.int32
+  for row, column in [(0, 0), (0, 3), (2, 1)]:
+    assert codes[1, 4 * row + column] == grid[0, row, column]
+
+
+def test_a_batch_gives_what_its_rows_give_alone(model, pictures):
+  codes = model.encode_images(pictures)
+  np.testing.assert_array_equal(codes, np.concatenate([model.encode_images(pictures[i : i + 1]) for i in range(3)]))
+  decoded = model.decode_codes(codes)
+  assert decoded.shape == (3, 16, 16, 3) and decoded.dtype == np.uint8
+  assert np.abs(decoded[2].astype(int) - model.decode_codes(codes[2:])[0]).max() <= 1
+
+
+def test_other_sizes_are_resized_and_cropped(model):
+  wide = np.zeros((16, 48, 3), np.uint8)
+  wide[:, 16:32] = 255
+  np.testing.assert_array_equal(model.encode_images(wide[None]), model.encode_images(np.full((1, 16, 16, 3), 255, np.uint8)))
+
+
+def test_logits_are_raw_and_of_every_position(model):
+  tokens = np.array([[0, 40, 41, 7]], np.int32)
+  expected, _ = Transformer(model.parts.transformer_config).apply({'params': model.parts.transformer_params}, tokens)
+  logits = model.logits(tokens)
+  assert logits.shape == (1, 4, 340) and logits.dtype == np.float32
+  np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
+def test_generate_returns_only_what_was_written_with_pictures_decoded(model):
+  prompt = cj.Document.chat('draw a red apple')
+  options = dataclasses.replace(GREEDY, modalities='image')
+  (answer,) = model.generate([prompt], options)
+  (tokens,) = model.generate_tokens([model.prompt_tokens(prompt)], options)
+  assert tokens.shape == (16,) and model.vocabulary.is_image[tokens].all()
+  (picture,) = answer.pictures
+  np.testing.assert_array_equal(picture.pixels, model.decode_codes(model.vocabulary.tokens_to_codes(tokens)[None])[0])
+  assert model.generate([], options) == []
+
+
+def test_a_part_that_is_missing_is_named_by_the_call_that_needs_it(model):
+  only_images = cj.Chameleon(ModelParts(vqgan_config=model.parts.vqgan_config, vqgan_params=model.parts.vqgan_params), name='half')
+  assert only_images.encode_images(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 16)
+  with pytest.raises(CheckpointError, match='half holds no text tokenizer'):
+    only_images.generate([cj.Document.chat('draw')])
+  with pytest.raises(CheckpointError, match='half holds no transformer'):
+    only_images.logits(np.zeros((1, 2), np.int32))
+  only_text = cj.Chameleon(ModelParts(), name='empty')
+  with pytest.raises(CheckpointError, match='empty holds no image tokenizer'):
+    only_text.decode_codes(np.zeros((1, 16), np.int32))
+
+
+def test_a_partial_picture_is_refused_by_its_length(model):
+  with pytest.raises(PromptError, match='has 16 codes, got 9'):
+    model.decode_codes(np.zeros((1, 9), np.int32))
+
+
+def test_public_names_load_on_first_use():
+  assert cj.Text('a').text == 'a'
+  assert not hasattr(cj, 'nothing_of_that_name')
+  assert set(cj.__all__) <= {*dir(cj), *cj._HOMES}

@@ -1,0 +1,95 @@
+"""Draws curves of one or more runs from their metrics.jsonl files into one picture.
+
+    python tools/plot_metrics.py --output=curves.png \
+        --panel='Image tokenizer|PSNR (dB)|runs/image_tokenizer/metrics.jsonl|validation/psnr,train/psnr' ...
+
+A panel is `title|axis label|metrics file[+more files]|names`; files of runs that follow one another (pre-training,
+then fine-tuning) are joined end to end.
+Needs matplotlib (extra `dev`). Does not smooth: what is drawn is what was logged.
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Sequence
+
+from absl import app, flags
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """One chart: names of metrics over the steps of runs that follow one another."""
+
+  title: str
+  label: str
+  files: tuple[pathlib.Path, ...]
+  names: tuple[str, ...]
+
+  @classmethod
+  def parse(cls, text: str) -> 'Panel':
+    """Reads `title|label|file+file|name,name`.
+
+    Raises:
+      ValueError: the text has another number of parts, or a file is missing.
+    """
+    parts = text.split('|')
+    if len(parts) != 4:
+      raise ValueError(f'panel {text!r} has {len(parts)} parts; write title|axis label|file+file|name,name')
+    files = tuple(pathlib.Path(file) for file in parts[2].split('+'))
+    for file in files:
+      if not file.is_file():
+        raise ValueError(f'panel {parts[0]!r}: {file} does not exist')
+    return cls(parts[0], parts[1], files, tuple(parts[3].split(',')))
+
+
+def read_curve(files: Sequence[pathlib.Path], name: str) -> tuple[list[int], list[float]]:
+  """Steps and values of one metric; the steps of a later file go on after the last of the one before.
+
+  Of two lines with the same step in one file the later one counts (a run that was resumed).
+  """
+  steps: list[int] = []
+  values: list[float] = []
+  offset = 0
+  for file in files:
+    found: dict[int, float] = {}
+    last = 0
+    for line in file.read_text(encoding='utf-8').splitlines():
+      record = json.loads(line)
+      last = max(last, record['step'])
+      if name in record and not isinstance(record[name], str):
+        found[record['step']] = record[name]
+    steps += [offset + step for step in sorted(found)]
+    values += [found[step] for step in sorted(found)]
+    offset += last
+  return steps, values
+
+
+def draw(panels: Sequence[Panel], output: pathlib.Path) -> None:
+  """Writes the picture; the type follows from the ending of `output`."""
+  import matplotlib
+
+  matplotlib.use('Agg')
+  import matplotlib.pyplot as plt
+
+  figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout='constrained')
+  for axis, panel in zip(axes[0], panels):
+    for name in panel.names:
+      axis.plot(*read_curve(panel.files, name), label=name, linewidth=1.2)
+    axis.set(title=panel.title, xlabel='step', ylabel=panel.label)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+  figure.savefig(output, dpi=110)
+  plt.close(figure)
+
+
+def main(argv: Sequence[str]) -> None:
+  del argv
+  draw([Panel.parse(text) for text in FLAGS.panel], pathlib.Path(FLAGS.output))
+
+
+if __name__ == '__main__':
+  flags.DEFINE_multi_string('panel', None, 'title|axis label|file+file|name,name', required=True)
+  flags.DEFINE_string('output', 'curves.png', 'Picture to write.')
+  app.run(main)
