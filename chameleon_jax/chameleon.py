@@ -12,7 +12,7 @@ import importlib.resources
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,11 @@ import numpy as np
 
 from chameleon_jax.array_types import Codes, Logits, Pictures, Tokens
 from chameleon_jax.config import SamplingOptions
-from chameleon_jax.errors import CheckpointError, PromptError
+from chameleon_jax.data.encode import Encoder, make_encoder
+from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop.native import ModelParts, load_model
 from chameleon_jax.models.transformer.model import Transformer
-from chameleon_jax.models.vqgan.model import VQGAN
+from chameleon_jax.models.vqgan import model as vqgan
 from chameleon_jax.sampling.engine import Sampler
 from chameleon_jax.tokens import document as documents
 from chameleon_jax.tokens import images
@@ -32,7 +33,6 @@ from chameleon_jax.tokens.vocabulary import Vocabulary
 
 _T = TypeVar('_T')
 _SHIPPED = {'emoji': 'emoji_weights'}
-_ENCODE_BATCH = 64
 
 
 def shipped_path(name: str) -> pathlib.Path | None:
@@ -83,16 +83,6 @@ class Chameleon:
     return self._need(self.parts.vqgan_config, 'image tokenizer').n_image_tokens
 
   @functools.cached_property
-  def _encode(self):
-    network = VQGAN(self._need(self.parts.vqgan_config, 'image tokenizer'))
-    return jax.jit(lambda params, pixels: network.apply({'params': params}, pixels, method='encode')[0])
-
-  @functools.cached_property
-  def _decode(self):
-    network = VQGAN(self._need(self.parts.vqgan_config, 'image tokenizer'))
-    return jax.jit(lambda params, codes: network.apply({'params': params}, codes, method='decode'))
-
-  @functools.cached_property
   def _logits(self):
     network = Transformer(self._need(self.parts.transformer_config, 'transformer'))
     return jax.jit(lambda params, tokens: network.apply({'params': params}, tokens)[0])
@@ -104,33 +94,20 @@ class Chameleon:
 
   def encode_images(self, pictures: Pictures) -> Codes:
     """Pictures uint8 [B, H, W, 3] -> codes int32 [B, n], row-major. Other sizes than the model's are resized and cropped."""
-    config = self._need(self.parts.vqgan_config, 'image tokenizer')
-    if pictures.shape[1:3] != (config.resolution, config.resolution):
-      pictures = np.stack([images.preprocess(picture, config.resolution) for picture in pictures])
-    found = []
-    for start in range(0, len(pictures), _ENCODE_BATCH):
-      chunk = pictures[start : start + _ENCODE_BATCH]
-      padded = _pad_rows(chunk, _bucket(len(chunk)))
-      codes = self._encode(self.parts.vqgan_params, images.to_float(padded))
-      found.append(np.asarray(codes).reshape(len(padded), -1)[: len(chunk)])
-    return np.concatenate(found).astype(np.int32)
+    return self._encode_list(list(pictures))
 
   def decode_codes(self, codes: Codes) -> Pictures:
-    """Codes int32 [B, n] -> pictures uint8 [B, H, W, 3]. Codes missing at a row's end must be filled by the caller."""
-    config = self._need(self.parts.vqgan_config, 'image tokenizer')
-    if codes.shape[1] != config.n_image_tokens:
-      raise PromptError(f'a picture of {self.name} has {config.n_image_tokens} codes, got {codes.shape[1]}')
-    found = []
-    for start in range(0, len(codes), _ENCODE_BATCH):
-      chunk = np.asarray(codes[start : start + _ENCODE_BATCH], np.int32)
-      padded = _pad_rows(chunk, _bucket(len(chunk)))
-      pixels = self._decode(self.parts.vqgan_params, padded.reshape(-1, config.grid, config.grid))
-      found.append(np.asarray(images.to_uint8(np.asarray(pixels)))[: len(chunk)])
-    return np.concatenate(found)
+    """Codes int32 [B, n] -> pictures uint8 [B, H, W, 3], cut off to whole steps as in the release (spec model.md 7.3).
 
-  def _encode_list(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
-    size = self._need(self.parts.vqgan_config, 'image tokenizer').resolution
-    return np.asarray(self.encode_images(np.stack([images.preprocess(picture, size) for picture in pictures])))
+    Raises:
+      ImageError: a row has another number of codes than a picture, or a code is out of range.
+    """
+    config = self._need(self.parts.vqgan_config, 'image tokenizer')
+    return images.to_uint8(vqgan.decode_pixels(config, self.parts.vqgan_params, np.asarray(codes)))
+
+  @functools.cached_property
+  def _encode_list(self) -> Encoder:
+    return make_encoder(self._need(self.parts.vqgan_config, 'image tokenizer'), self.parts.vqgan_params)
 
   def prompt_tokens(self, document: documents.Document) -> np.ndarray:
     """The tokens that the model continues for this document: int32 [T]."""
@@ -150,25 +127,20 @@ class Chameleon:
       return []
     text = self._need(self.parts.text_tokenizer, 'text tokenizer')
     rows = self.generate_tokens([self.prompt_tokens(prompt) for prompt in prompts], options)
-    return [self.decode_document(unrender(row, self.vocabulary, text)) for row in rows]
+    return self.decode_documents([unrender(row, self.vocabulary, text) for row in rows])
 
-  def decode_document(self, document: documents.Document) -> documents.Document:
-    """Replaces every complete `Codes` segment by its picture."""
+  def decode_documents(self, given: Sequence[documents.Document]) -> list[documents.Document]:
+    """Replaces every complete `Codes` segment by its picture; all pictures are decoded together."""
     n = self.n_image_tokens
 
-    def decoded(segment: documents.Segment) -> documents.Segment:
-      if isinstance(segment, documents.Codes) and len(segment.codes) == n:
-        return documents.Image(self.decode_codes(np.asarray(segment.codes)[None])[0])
-      return segment
+    def complete(segment: documents.Segment) -> TypeGuard[documents.Codes]:
+      return isinstance(segment, documents.Codes) and len(segment.codes) == n
 
-    turns = (documents.Turn(tuple(decoded(segment) for segment in turn.segments), role=turn.role) for turn in document.turns)
-    return documents.Document(tuple(turns))
+    found = [segment.codes for document in given for segment in document.segments if complete(segment)]
+    pictures = iter(self.decode_codes(np.stack(found)) if found else ())
 
+    def decoded(turn: documents.Turn) -> documents.Turn:
+      segments = (documents.Image(next(pictures)) if complete(segment) else segment for segment in turn.segments)
+      return documents.Turn(tuple(segments), role=turn.role)
 
-def _bucket(n: int) -> int:
-  """Smallest power of two that holds n rows: bounds the number of compiled programs."""
-  return 1 << (n - 1).bit_length()
-
-
-def _pad_rows(rows: np.ndarray, n: int) -> np.ndarray:
-  return np.concatenate([rows, np.repeat(rows[:1], n - len(rows), axis=0)])
+    return [documents.Document(tuple(decoded(turn) for turn in document.turns)) for document in given]

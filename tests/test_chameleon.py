@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import chameleon_jax as cj
-from chameleon_jax.errors import CheckpointError, PromptError
+from chameleon_jax.errors import CheckpointError, ImageError
 from chameleon_jax.interop.native import ModelParts
 from chameleon_jax.models.transformer.model import Transformer
-from chameleon_jax.models.vqgan.model import VQGAN
+from chameleon_jax.models.vqgan.model import VQGAN, to_pixels
 from chameleon_jax.tokens import images
 
 GREEDY = cj.SamplingOptions(
@@ -82,7 +82,7 @@ def test_a_part_that_is_missing_is_named_by_the_call_that_needs_it(model):
 
 
 def test_a_partial_picture_is_refused_by_its_length(model):
-  with pytest.raises(PromptError, match='has 16 codes, got 9'):
+  with pytest.raises(ImageError, match=r'has 16 codes, got an array of shape \[1, 9\]'):
     model.decode_codes(np.zeros((1, 9), np.int32))
 
 
@@ -90,3 +90,8 @@ def test_public_names_load_on_first_use():
   assert cj.Text('a').text == 'a'
   assert not hasattr(cj, 'nothing_of_that_name')
   assert set(cj.__all__) <= {*dir(cj), *cj._HOMES}
+
+
+def test_the_network_and_the_host_see_the_same_pixels():
+  levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)[None, None]
+  np.testing.assert_array_equal(to_pixels(levels[0]), images.to_float(levels[0]))

@@ -17,7 +17,18 @@ from absl import flags
 from chameleon_jax.cli.values import config_keys, did_you_mean, editable, frozen, override, type_name
 from chameleon_jax.errors import ConfigError
 
-__all__ = ['ConfigFlag', 'config_help', 'define_config', 'editable', 'frozen', 'get_config', 'load_config_file', 'take_overrides']
+__all__ = [
+    'ConfigFlag',
+    'config_help',
+    'define_config',
+    'define_workdir',
+    'editable',
+    'frozen',
+    'get_config',
+    'get_workdir',
+    'load_config_file',
+    'take_overrides',
+]
 
 
 def load_config_file(path: str) -> ml_collections.ConfigDict:
@@ -105,6 +116,22 @@ def get_config(name: str = 'config') -> Any:
   flag = flags.FLAGS[name]
   assert isinstance(flag, ConfigFlag), f'--{name} was not defined by define_config'
   return flag.resolve()
+
+
+def define_workdir(what: str) -> None:
+  """Defines --workdir, the folder for `what`, which `get_workdir` asks for."""
+  flags.DEFINE_string('workdir', None, f'folder for {what}')
+
+
+def get_workdir() -> str:
+  """The value of --workdir.
+
+  Raises:
+    ConfigError: it was not given.
+  """
+  if flags.FLAGS.workdir is None:
+    raise ConfigError(f'--workdir is missing: name a {flags.FLAGS["workdir"].help}')
+  return flags.FLAGS.workdir
 
 
 def take_overrides(argv: Sequence[str], *, flag_values: flags.FlagValues = flags.FLAGS) -> list[str]:

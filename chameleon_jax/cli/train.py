@@ -11,15 +11,14 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from chameleon_jax.cli.flags import define_config, get_config
+from chameleon_jax.cli.flags import define_config, define_workdir, get_config, get_workdir
 from chameleon_jax.config import TrainConfig
-from chameleon_jax.errors import ConfigError
 
 
 def define_flags() -> None:
   """Defines --config, --workdir, --stop_after and --max_minutes."""
   define_config(TrainConfig)
-  flags.DEFINE_string('workdir', None, 'folder for checkpoints, metrics and the model')
+  define_workdir('checkpoints, metrics and the model')
   flags.DEFINE_integer('stop_after', None, 'stop after this step, with a checkpoint; run again to go on', lower_bound=1)
   flags.DEFINE_float('max_minutes', None, 'stop after this time, with a checkpoint; run again to go on', lower_bound=0)
 
@@ -32,8 +31,7 @@ def main(argv: Sequence[str]) -> None:
   """
   del argv
   config = get_config()
-  if flags.FLAGS.workdir is None:
-    raise ConfigError('--workdir is missing: name a folder for checkpoints, metrics and the model')
+  workdir = get_workdir()
   from chameleon_jax.training.loop import train
 
-  train(config, flags.FLAGS.workdir, stop_after=flags.FLAGS.stop_after, max_minutes=flags.FLAGS.max_minutes)
+  train(config, workdir, stop_after=flags.FLAGS.stop_after, max_minutes=flags.FLAGS.max_minutes)

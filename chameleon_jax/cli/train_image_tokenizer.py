@@ -9,15 +9,14 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from chameleon_jax.cli.flags import define_config, get_config
+from chameleon_jax.cli.flags import define_config, define_workdir, get_config, get_workdir
 from chameleon_jax.config import ImageTokenizerTrainConfig
-from chameleon_jax.errors import ConfigError
 
 
 def define_flags() -> None:
   """Defines --config, --workdir and --stop_after."""
   define_config(ImageTokenizerTrainConfig)
-  flags.DEFINE_string('workdir', None, 'folder for checkpoints, metrics and the model')
+  define_workdir('checkpoints, metrics and the model')
   flags.DEFINE_integer('stop_after', None, 'stop after this step, with a checkpoint; run again to go on')
 
 
@@ -29,8 +28,7 @@ def main(argv: Sequence[str]) -> None:
   """
   del argv
   config = get_config()
-  if flags.FLAGS.workdir is None:
-    raise ConfigError('--workdir is missing: name a folder for checkpoints, metrics and the model')
+  workdir = get_workdir()
   from chameleon_jax.training.vqgan_loop import train_image_tokenizer
 
-  train_image_tokenizer(config, flags.FLAGS.workdir, stop_after=flags.FLAGS.stop_after)
+  train_image_tokenizer(config, workdir, stop_after=flags.FLAGS.stop_after)

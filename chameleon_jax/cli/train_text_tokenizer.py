@@ -13,17 +13,14 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from absl import flags
-
-from chameleon_jax.cli.flags import define_config, get_config
+from chameleon_jax.cli.flags import define_config, define_workdir, get_config, get_workdir
 from chameleon_jax.config import TextTokenizerTrainConfig
-from chameleon_jax.errors import ConfigError
 
 
 def define_flags() -> None:
   """Defines --config and --workdir."""
   define_config(TextTokenizerTrainConfig)
-  flags.DEFINE_string('workdir', None, 'folder for the model')
+  define_workdir('the model')
 
 
 def run(config: TextTokenizerTrainConfig, workdir: str | os.PathLike[str]) -> dict[str, dict[str, float]]:
@@ -60,10 +57,9 @@ def main(argv: Sequence[str]) -> None:
   """
   del argv
   config = get_config()
-  if flags.FLAGS.workdir is None:
-    raise ConfigError('--workdir is missing: name a folder for the model')
-  table = run(config, flags.FLAGS.workdir)
+  workdir = get_workdir()
+  table = run(config, workdir)
   print(f'{"held-out text of":<20} bytes per piece   pieces per text   raw bytes')
   for name, row in table.items():
     print(f'{name:<20} {row["bytes_per_piece"]:>15.2f} {row["pieces_per_text"]:>17.1f} {row["byte_share"]:>11.1%}')
-  print(f'wrote {pathlib.Path(flags.FLAGS.workdir) / "model"}')
+  print(f'wrote {pathlib.Path(workdir) / "model"}')

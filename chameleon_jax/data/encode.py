@@ -6,13 +6,12 @@ large corpus is encoded offline; anything else as its documents are drawn. Does 
 
 from collections.abc import Callable, Iterable, Sequence
 
-import jax
 import numpy as np
 
-from chameleon_jax.array_types import Codes, Params, Pictures
+from chameleon_jax.array_types import Params, Pictures
 from chameleon_jax.config import VQGANConfig
 from chameleon_jax.data.sources.emoji_world import EmojiWorld
-from chameleon_jax.models.vqgan.model import VQGAN
+from chameleon_jax.models.vqgan.model import encode_pictures
 from chameleon_jax.tokens import images
 
 Encoder = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -20,35 +19,18 @@ Encoder = Callable[[Sequence[np.ndarray]], np.ndarray]
 _WITHOUT_PICTURES = ('emoji_text',)
 
 
-def make_encoder(config: VQGANConfig, params: Params, *, batch_size: int = 64) -> Encoder:
+def make_encoder(config: VQGANConfig, params: Params) -> Encoder:
   """Returns `encode(pictures) -> int32 [k, n_image_tokens]`, codes row by row.
-
-  Args:
-    config: the image tokenizer.
-    params: its parameters.
-    batch_size: pictures that run together; the last batch is filled up, so one program serves all.
 
   The pictures are uint8 [H, W, 3] of any size; those that are not `resolution` square are scaled and cropped.
   """
-  network = VQGAN(config)
-  encode_batch = jax.jit(lambda params, pixels: network.apply({'params': params}, pixels, method='encode')[0])
+  size = (config.resolution, config.resolution, 3)
 
   def encode(pictures: Sequence[np.ndarray]) -> np.ndarray:
-    size = (config.resolution, config.resolution, 3)
     fitted = [picture if picture.shape == size else images.preprocess(picture, config.resolution) for picture in pictures]
-    codes = np.empty((len(fitted), config.n_image_tokens), np.int32)
-    for start in range(0, len(fitted), batch_size):
-      batch = np.stack(fitted[start : start + batch_size])
-      filled = np.concatenate([batch, np.repeat(batch[:1], batch_size - len(batch), axis=0)])
-      codes[start : start + len(batch)] = np.asarray(encode_batch(params, images.to_float(filled))).reshape(batch_size, -1)[: len(batch)]
-    return codes
+    return encode_pictures(config, params, np.stack(fitted))
 
   return encode
-
-
-def table_of_codes(pictures: Pictures, encode: Encoder) -> Codes:
-  """Codes of a whole world: uint8 [k, H, W, 3] -> int32 [k, n]."""
-  return encode(list(pictures))
 
 
 def world_pictures(source_names: Iterable[str]) -> Pictures | None:

@@ -10,12 +10,11 @@ bit-identical to those of a run that was never interrupted. Pre-training and fin
 config only: the sources of documents, whose prompts carry no loss, and the schedule.
 """
 
-import contextlib
 import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from jax.sharding import Mesh
 
 from chameleon_jax.array_types import Array
 from chameleon_jax.config import TrainConfig
-from chameleon_jax.data.encode import make_encoder, table_of_codes, world_pictures
+from chameleon_jax.data.encode import make_encoder, world_pictures
 from chameleon_jax.data.pipeline import dropped_documents, make_batches, to_devices, validation_batches
 from chameleon_jax.errors import ChameleonError, ConfigError
 from chameleon_jax.interop.native import ModelParts, check_fit, load_model, save_model
@@ -35,7 +34,7 @@ from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.tokens.vocabulary import Vocabulary
 from chameleon_jax.training.checkpoint import Checkpoints, resolved
 from chameleon_jax.training.losses import LossSums
-from chameleon_jax.training.metrics import MetricsWriter
+from chameleon_jax.training.metrics import MetricsWriter, StepLog
 from chameleon_jax.training.optimizer import make_optimizer
 from chameleon_jax.training.state import TrainState, abstract_state, init_state
 from chameleon_jax.training.step import Metrics, make_eval_step, make_train_step
@@ -116,7 +115,7 @@ class _Run:
       pictures = world_pictures(names)
       if pictures is not None:
         self.writer.say(f'encoding {len(pictures):,} pictures')
-        options['codes'] = table_of_codes(pictures, options['encode_images'])
+        options['codes'] = options['encode_images'](list(pictures))
     return options
 
   def start(self) -> TrainState:
@@ -140,7 +139,7 @@ class _Run:
 
   def steps(self, state: TrainState, last_step: int, deadline: float) -> TrainState:
     """Runs up to `last_step` or the deadline and saves; logs, evaluates and saves on the way."""
-    config, log = self.config, _Log(self.writer)
+    config, log = self.config, StepLog(self.writer)
     fetch_at_once = self.mesh.devices.flat[0].platform == 'cpu'  # many CPU devices deadlock when steps pile up
     step = int(state.step)
     previous: Metrics | None = None
@@ -218,58 +217,6 @@ class _Run:
         vocabulary=self.config.vocabulary,
         text_tokenizer=self.parts.text_tokenizer,
     )
-
-
-class _Log:
-  """Collects the metrics of the steps since the last line."""
-
-  def __init__(self, writer: MetricsWriter):
-    self._writer = writer
-    self._reset()
-
-  def _reset(self) -> None:
-    self._metrics: list[Metrics] = []
-    self._n_tokens, self._n_positions, self._waited, self._paused = 0, 0, 0.0, 0.0
-    self._began = time.monotonic()
-
-  def add(self, metrics: Metrics, batch: Mapping[str, np.ndarray], waited: float) -> None:
-    """Takes one step; device values are not fetched yet. Hosts are taken to have equally full batches."""
-    self._metrics.append(metrics)
-    self._n_tokens += int(np.count_nonzero(batch['segment_ids'])) * jax.process_count()
-    self._n_positions += batch['tokens'].size * jax.process_count()
-    self._waited += waited
-
-  @contextlib.contextmanager
-  def pause(self) -> Iterator[None]:
-    """What happens inside does not count as time of the steps."""
-    began = time.monotonic()
-    yield
-    self._paused += time.monotonic() - began
-
-  def write(self, step: int, *, dropped: int) -> None:
-    """Means over the steps since the last call: losses over tokens, the rest over steps."""
-    fetched = jax.device_get(self._metrics)
-    values: dict[str, float] = {}
-    for name in fetched[0]:
-      values[name] = float(np.mean([metrics[name] for metrics in fetched]))
-    for modality in ('text', 'image'):
-      counts = np.array([metrics[f'n_{modality}'] for metrics in fetched], np.float64)
-      losses = np.array([metrics[f'loss_{modality}'] for metrics in fetched], np.float64)
-      values.pop(f'loss_{modality}')
-      if counts.sum() > 0:
-        values[f'loss_{modality}'] = float(np.sum(np.where(counts > 0, losses, 0) * counts) / counts.sum())
-    values['learning_rate'] = float(fetched[-1]['learning_rate'])
-    del values['finite']
-    seconds = max(1e-9, time.monotonic() - self._began - self._paused)
-    values['tokens_per_second'] = self._n_tokens / seconds
-    values['fill'] = self._n_tokens / self._n_positions
-    values['data_wait_ms'] = 1000 * self._waited / len(fetched)
-    values['data_wait_fraction'] = self._waited / seconds
-    values['dropped_documents'] = float(dropped)
-    self._writer.write(step, values)
-    shown = {name.removeprefix('loss_'): values[name] for name in ('loss', 'loss_text', 'loss_image') if name in values}
-    self._writer.progress(step, {**shown, 'tok/s': round(values['tokens_per_second'])})
-    self._reset()
 
 
 def _tokenizers(config: TrainConfig, given: ModelParts | None) -> ModelParts:

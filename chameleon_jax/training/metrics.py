@@ -1,20 +1,23 @@
 """Where the numbers of a run go: a JSON-lines file, TensorBoard event files, and a line a person can watch.
 
-Does not know what is measured. Only the first process of a multi-host run writes.
+The writer does not know what is measured; `StepLog` knows the metrics of the transformer's step. Only the first process of a
+multi-host run writes.
 """
 
 import collections
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 from tensorboardX import SummaryWriter
 
 
@@ -108,3 +111,55 @@ class MetricsWriter:
       self._jsonl.close()
       self._events.close()
       self._active = False
+
+
+class StepLog:
+  """Collects the metrics of the steps since the last line."""
+
+  def __init__(self, writer: MetricsWriter):
+    self._writer = writer
+    self._reset()
+
+  def _reset(self) -> None:
+    self._metrics: list[Mapping[str, Any]] = []
+    self._n_tokens, self._n_positions, self._waited, self._paused = 0, 0, 0.0, 0.0
+    self._began = time.monotonic()
+
+  def add(self, metrics: Mapping[str, Any], batch: Mapping[str, np.ndarray], waited: float) -> None:
+    """Takes one step; device values are not fetched yet. Hosts are taken to have equally full batches."""
+    self._metrics.append(metrics)
+    self._n_tokens += int(np.count_nonzero(batch['segment_ids'])) * jax.process_count()
+    self._n_positions += batch['tokens'].size * jax.process_count()
+    self._waited += waited
+
+  @contextlib.contextmanager
+  def pause(self) -> Iterator[None]:
+    """What happens inside does not count as time of the steps."""
+    began = time.monotonic()
+    yield
+    self._paused += time.monotonic() - began
+
+  def write(self, step: int, *, dropped: int) -> None:
+    """Means over the steps since the last call: losses over tokens, the rest over steps."""
+    fetched = jax.device_get(self._metrics)
+    values: dict[str, float] = {}
+    for name in fetched[0]:
+      values[name] = float(np.mean([metrics[name] for metrics in fetched]))
+    for modality in ('text', 'image'):
+      counts = np.array([metrics[f'n_{modality}'] for metrics in fetched], np.float64)
+      losses = np.array([metrics[f'loss_{modality}'] for metrics in fetched], np.float64)
+      values.pop(f'loss_{modality}')
+      if counts.sum() > 0:
+        values[f'loss_{modality}'] = float(np.sum(np.where(counts > 0, losses, 0) * counts) / counts.sum())
+    values['learning_rate'] = float(fetched[-1]['learning_rate'])
+    del values['finite']
+    seconds = max(1e-9, time.monotonic() - self._began - self._paused)
+    values['tokens_per_second'] = self._n_tokens / seconds
+    values['fill'] = self._n_tokens / self._n_positions
+    values['data_wait_ms'] = 1000 * self._waited / len(fetched)
+    values['data_wait_fraction'] = self._waited / seconds
+    values['dropped_documents'] = float(dropped)
+    self._writer.write(step, values)
+    shown = {name.removeprefix('loss_'): values[name] for name in ('loss', 'loss_text', 'loss_image') if name in values}
+    self._writer.progress(step, {**shown, 'tok/s': round(values['tokens_per_second'])})
+    self._reset()

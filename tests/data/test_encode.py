@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax import presets
-from chameleon_jax.data.encode import make_encoder, table_of_codes, world_pictures
+from chameleon_jax.data.encode import make_encoder, world_pictures
 from chameleon_jax.models.vqgan.model import VQGAN
 from chameleon_jax.tokens import images
 from chameleon_jax.training.state import unboxed
@@ -16,13 +16,13 @@ def test_codes_do_not_depend_on_the_batch():
   network = VQGAN(config)
   params = unboxed(jax.jit(network.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))['params'])
   pictures = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
-  found = table_of_codes(pictures, make_encoder(config, params, batch_size=2))
+  found = make_encoder(config, params)(list(pictures))
   assert found.shape == (5, 16)
   assert found.dtype == np.int32
   expected = jax.jit(lambda x: network.apply({'params': params}, x, method='encode')[0])(images.to_float(pictures))
   np.testing.assert_array_equal(found, np.asarray(expected).reshape(5, -1))
   large = np.kron(pictures[0], np.ones((2, 2, 1), np.uint8))
-  encode = make_encoder(config, params, batch_size=2)
+  encode = make_encoder(config, params)
   np.testing.assert_array_equal(encode([large])[0], encode([images.preprocess(large, 16)])[0])
 
 

@@ -83,9 +83,12 @@ class VQGAN(nn.Module):
     return VQGANOutput(reconstruction=self.decoder.to_pixels(features), codes=codes, z=z, z_q=z_q, features=features)
 
 
+_PIXEL_VALUES = (np.arange(256) / 255.0 * 2.0 - 1.0).astype(np.float32)  # in float64, then rounded once (spec model.md 7.1)
+
+
 def to_pixels(pictures: AnyArray) -> Array:
-  """uint8 0..255 -> float32 [-1, 1], on the device."""
-  return jnp.asarray(pictures).astype(jnp.float32) / 127.5 - 1
+  """uint8 0..255 -> float32 [-1, 1], on the device; bit-equal to `tokens.images.to_float`."""
+  return jnp.take(_PIXEL_VALUES, jnp.asarray(pictures), axis=0)
 
 
 def to_pictures(pixels: AnyArray) -> Array:
@@ -102,15 +105,17 @@ def _compiled(config: VQGANConfig) -> tuple[Callable[[Params, AnyArray], Array],
     return codes.reshape(codes.shape[0], -1)
 
   def decode(params: Params, codes: AnyArray) -> Array:
-    grid = jnp.asarray(codes).reshape(-1, config.grid, config.grid)
-    return to_pictures(model.apply({'params': params}, grid, method='decode'))
+    return model.apply({'params': params}, jnp.asarray(codes).reshape(-1, config.grid, config.grid), method='decode')
 
   return jax.jit(encode), jax.jit(decode)
 
 
 def _in_batches(function: Callable[[AnyArray], Array], rows: np.ndarray, batch_size: int) -> np.ndarray:
-  """Maps rows in batches of one size (the last is padded with its first row), so that one program is compiled."""
-  batch_size = min(batch_size, max(1, len(rows)))
+  """Maps rows in batches of one size: `batch_size`, or the power of two that holds fewer rows, filled up with the first row.
+
+  So log2(batch_size) + 1 programs serve any number of rows.
+  """
+  batch_size = min(batch_size, 1 << (len(rows) - 1).bit_length())
   parts = []
   for start in range(0, len(rows), batch_size):
     batch = rows[start : start + batch_size]
@@ -135,8 +140,8 @@ def encode_pictures(config: VQGANConfig, params: Params, pictures: Pictures, *, 
   return _in_batches(lambda batch: encode(params, batch), pictures, batch_size)
 
 
-def decode_codes(config: VQGANConfig, params: Params, codes: Codes, *, batch_size: int = 32) -> Pictures:
-  """uint8 pictures [B, H, W, 3] of codes [B, n_image_tokens], in batches; `params` needs no encoder.
+def decode_pixels(config: VQGANConfig, params: Params, codes: Codes, *, batch_size: int = 32) -> Float[np.ndarray, 'B H W 3']:
+  """Pixels float32 [B, H, W, 3], not clamped, of codes [B, n_image_tokens], in batches; `params` needs no encoder.
 
   Raises:
     ImageError: a row does not hold n_image_tokens codes, or a code is out of range.
@@ -147,6 +152,11 @@ def decode_codes(config: VQGANConfig, params: Params, codes: Codes, *, batch_siz
   if codes.size and (codes.min() < 0 or codes.max() >= config.n_codes):
     raise ImageError(f'codes must lie in 0..{config.n_codes - 1}, got {codes.min()}..{codes.max()}')
   if len(codes) == 0:
-    return np.zeros((0, config.resolution, config.resolution, 3), np.uint8)
+    return np.zeros((0, config.resolution, config.resolution, 3), np.float32)
   _, decode = _compiled(config)
-  return _in_batches(lambda batch: decode(params, batch), codes.astype(np.int32), batch_size)
+  return _in_batches(lambda batch: decode(params, batch), codes.astype(np.int32), batch_size).astype(np.float32)
+
+
+def decode_codes(config: VQGANConfig, params: Params, codes: Codes, *, batch_size: int = 32) -> Pictures:
+  """uint8 pictures [B, H, W, 3] of codes, rounded to the nearest step (spec evaluation.md 6.7); errors as `decode_pixels`."""
+  return np.asarray(to_pictures(decode_pixels(config, params, codes, batch_size=batch_size)))
