@@ -183,9 +183,12 @@ class MeshConfig:
 class OptimizerConfig:
   """AdamW, its schedule and clipping (paper section 2.3; SFT section 3).
 
+  `name` 'muon' gives hidden matrices orthogonalised momentum with the update size of AdamW (arXiv 2502.16982), so that
+  `learning_rate` and `weight_decay` mean the same; everything else stays with Adam.
   `decay_rate` is k of lr(u) = peak (exp(-k u) - exp(-k)) / (1 - exp(-k)); the paper gives no constant.
   """
 
+  name: Literal['adamw', 'muon'] = 'adamw'
   learning_rate: float = 1e-4
   schedule: Literal['exponential', 'cosine', 'constant'] = 'exponential'
   warmup_steps: int = 4000
@@ -193,6 +196,7 @@ class OptimizerConfig:
   end_fraction: float = 0.0  # the schedule ends at this fraction of the peak
   beta1: float = 0.9
   beta2: float = 0.95
+  muon_beta: float = 0.95  # momentum of the matrices
   eps: float = 1e-5  # of the paper; 1e-8 is safer for tiny models (spec training.md 6.3)
   weight_decay: float = 0.1
   clip_norm: float | None = 1.0

@@ -78,9 +78,11 @@ def shardings_of(abstract: PyTree, mesh: Mesh) -> PyTree:
   """
   known = {name for name, _ in RULES}
 
-  def sharding(path: Any, leaf: Any) -> NamedSharding:
+  def sharding(path: Any, leaf: Any) -> Any:  # a NamedSharding, or an empty tree for an empty box
     if not isinstance(leaf, nn.LogicallyPartitioned):
       return NamedSharding(mesh, PartitionSpec())
+    if not jax.tree.leaves(leaf.value):  # a box around nothing: the place of a parameter that this part of the optimizer leaves out
+      return leaf.value
     unknown = [name for name in leaf.names if name is not None and name not in known]
     if unknown:
       raise ConfigError(f'parameter {jax.tree_util.keystr(path)} has axis {unknown[0]!r}, which is not in partitioning.RULES')

@@ -1,13 +1,16 @@
-"""AdamW with its learning-rate schedule and clipping (arXiv 2405.09818, sections 2.3 and 3).
+"""AdamW or Muon with the learning-rate schedule and clipping (arXiv 2405.09818, sections 2.3 and 3; 2502.16982).
 
 Weight decay touches matrices only: embeddings, projections and convolution kernels. Scales and biases, and
 every parameter of a norm, are left alone; they are told apart by name, since scanned layers stack vectors
 into matrices.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from chameleon_jax.array_types import AnyArray, Array, Params, PyTree
 from chameleon_jax.config import OptimizerConfig
@@ -39,6 +42,11 @@ def make_schedule(config: OptimizerConfig, n_steps: int) -> optax.Schedule:
   return schedule
 
 
+def _names(path: tuple) -> list[str]:
+  """Names along a path of a parameter tree; 'value' is that of a box."""
+  return [name for name in jax.tree_util.keystr(path, simple=True, separator='/').split('/') if name != 'value']
+
+
 def decayed(params: Params) -> PyTree:
   """Booleans in the form of `params`: whether weight decay applies.
 
@@ -47,17 +55,63 @@ def decayed(params: Params) -> PyTree:
   """
 
   def decays(path: tuple, leaf: PyTree) -> bool:
-    names = [name for name in jax.tree_util.keystr(path, simple=True, separator='/').split('/') if name != 'value']  # 'value': of a box
+    names = _names(path)
     return leaf.ndim >= 2 and names[-1] not in ('bias', 'scale') and not any('norm' in name for name in names)
 
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
+# Input and output axes of the transformer's hidden matrices, from the end, so that scanned layers are stacks of matrices.
+_MATRICES = {
+    **dict.fromkeys(('q_proj', 'k_proj', 'v_proj'), ((-3,), (-2, -1))),
+    'o_proj': ((-3, -2), (-1,)),
+    **dict.fromkeys(('gate_proj', 'up_proj', 'down_proj'), ((-2,), (-1,))),
+}
+
+
+def matrices(params: Params) -> PyTree:
+  """Axes of each parameter that Muon orthogonalises as `MuonDimensionNumbers`, None for every other, in the form of `params`.
+
+  Hidden projections are matrices; embedding, output projection, norms and convolutions are not (arXiv 2502.16982, section 2).
+  """
+
+  def axes(path: tuple, leaf: PyTree) -> optax.contrib.MuonDimensionNumbers | None:
+    found = _MATRICES.get(_names(path)[-1])
+    if found is None:
+      return None
+    return optax.contrib.MuonDimensionNumbers(*(tuple(leaf.ndim + axis for axis in side) for side in found))
+
+  return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Orthogonalised momentum for the hidden matrices, scaled to the root mean square of Adam's updates; Adam for the rest."""
+
+  def scaled(update: AnyArray, axes: optax.contrib.MuonDimensionNumbers) -> AnyArray:
+    sides = (math.prod(update.shape[axis] for axis in side) for side in axes)
+    return update * (0.2 * math.sqrt(max(sides)))
+
+  orthogonal = optax.chain(
+      optax.contrib.scale_by_muon(beta=config.muon_beta, weight_dimension_numbers=matrices, mu_dtype=jnp.float32),
+      optax.stateless(lambda updates, _: jax.tree.map(scaled, updates, matrices(updates))),
+  )
+
+  def labels(params: Params) -> PyTree:
+    is_matrix = lambda path, _: 'matrix' if _names(path)[-1] in _MATRICES else 'other'
+    return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+  return optax.partition({'matrix': orthogonal, 'other': _adam(config)}, labels)
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+  return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps, mu_dtype=jnp.float32)
+
+
 def make_optimizer(config: OptimizerConfig, n_steps: int) -> optax.GradientTransformation:
-  """Returns clipping by global norm, Adam moments in float32, decoupled weight decay on matrices, and the schedule."""
+  """Returns clipping by global norm, moments in float32 (Adam's or Muon's), decoupled weight decay on matrices, and the schedule."""
   steps = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
   steps += [
-      optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps, mu_dtype=jnp.float32),
+      _muon(config) if config.name == 'muon' else _adam(config),
       optax.add_decayed_weights(config.weight_decay, mask=decayed),
       optax.scale_by_learning_rate(make_schedule(config, n_steps)),
   ]

@@ -1,4 +1,4 @@
-"""Schedules against closed forms; AdamW with clipping against its definition in numpy."""
+"""Schedules against closed forms; AdamW with clipping and Muon against their definitions in numpy."""
 
 import math
 
@@ -96,3 +96,43 @@ def test_no_clipping_when_switched_off():
   params = {'w': jnp.zeros((1, 1))}
   updates, _ = optimizer.update({'w': jnp.full((1, 1), 50.0)}, optimizer.init(params), params)
   assert float(jax.tree.leaves(updates)[0][0, 0]) == pytest.approx(-50.0, rel=1e-3)  # a huge eps makes Adam linear
+
+
+def _muon_update(parameter, name, gradient):
+  """First update of a parameter by Muon with rate 1 and no decay."""
+  config = OptimizerConfig(name='muon', learning_rate=1.0, schedule='constant', warmup_steps=0, weight_decay=0.0, clip_norm=None)
+  optimizer = make_optimizer(config, 10)
+  params = {'layers': {name: jnp.asarray(parameter)}, 'embedding': jnp.ones((2, 2))}
+  gradients = {'layers': {name: jnp.asarray(gradient)}, 'embedding': jnp.array([[1.0, -2.0], [3.0, -4.0]])}
+  updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+  return np.asarray(updates['layers'][name]), np.asarray(updates['embedding'])
+
+
+def _orthogonalised(gradient):
+  """Minus the gradient with every singular value s replaced by p(p(p(p(p(s / |gradient|))))), times 0.2 sqrt(the longer side)."""
+  u, values, v = np.linalg.svd(np.asarray(gradient, np.float64), full_matrices=False)
+  values = values / np.linalg.norm(values)
+  for _ in range(5):
+    values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+  return -0.2 * math.sqrt(max(gradient.shape)) * (u * values) @ v
+
+
+@pytest.mark.parametrize('name, shape, matrix', [
+    ('up_proj', (6, 10), (6, 10)),
+    ('down_proj', (10, 6), (10, 6)),
+    ('q_proj', (8, 2, 4), (8, 8)),
+    ('k_proj', (8, 1, 4), (8, 4)),
+    ('o_proj', (2, 4, 8), (8, 8)),
+])  # fmt: skip
+def test_muon_orthogonalises_hidden_matrices(name, shape, matrix):
+  gradient = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  update, embedding = _muon_update(np.ones(shape, np.float32), name, gradient)
+  np.testing.assert_allclose(update.reshape(matrix), _orthogonalised(gradient.reshape(matrix)), rtol=1e-3, atol=1e-4)
+  np.testing.assert_allclose(embedding, [[-1, 1], [-1, 1]], rtol=1e-4)  # the first update of Adam is the sign
+
+
+def test_muon_takes_scanned_layers_one_by_one():
+  gradient = np.random.default_rng(1).normal(size=(3, 4, 2, 2)).astype(np.float32)
+  update, _ = _muon_update(np.ones((3, 4, 2, 2), np.float32), 'q_proj', gradient)
+  for layer in range(3):
+    np.testing.assert_allclose(update[layer].reshape(4, 4), _orthogonalised(gradient[layer].reshape(4, 4)), rtol=1e-3, atol=1e-4)

@@ -140,6 +140,14 @@ def test_an_update_that_is_not_finite_is_not_applied(plain):
   assert all(not np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
 
 
+def test_muon_learns_over_a_mesh_as_on_one_device():
+  config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, name='muon'))
+  alone, metrics = _run(config, n_steps=3)
+  meshed, _ = _run(config, make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), n_steps=3)
+  assert metrics['loss'] < _run(config)[1]['loss']
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), alone.params, meshed.params)
+
+
 def test_the_batch_must_split():
   config = _change(CONFIG, optimizer={'accumulate_steps': 3})
   with pytest.raises(ConfigError, match='batch_size 8 is not a multiple of optimizer.accumulate_steps 3 times 1'):
@@ -151,9 +159,10 @@ def test_modalities_come_from_the_config():
   assert modalities_of(config) == Modalities((4, 36), text_weight=1.0, image_weight=0.5)
 
 
-def test_states_are_plain_and_sharded():
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_states_are_plain_and_sharded(name):
   mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-  model, optimizer = Transformer(CONFIG.model), make_optimizer(CONFIG.optimizer, 10)
+  model, optimizer = Transformer(CONFIG.model), make_optimizer(dataclasses.replace(CONFIG.optimizer, name=name), 10)
   abstract = abstract_state(model, optimizer, mesh)
   state = init_state(model, optimizer, mesh, key=jax.random.key(0))
   assert isinstance(state, TrainState)
@@ -163,6 +172,8 @@ def test_states_are_plain_and_sharded():
   assert jax.tree.map(layout, state) == jax.tree.map(layout, abstract)
   query = state.params['layers']['attention']['q_proj']
   assert query.sharding.spec == jax.P(None, 'fsdp', 'tensor', None)
+  moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == query.shape]
+  assert moments and all(leaf.sharding == query.sharding for leaf in moments)
 
 
 def test_parameters_to_start_from_must_fit(plain):
