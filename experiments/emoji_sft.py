@@ -28,7 +28,7 @@ from chameleon_jax.config import (
 )
 
 CONVERSATIONS = (('emoji_chat', 0.8), ('emoji_describe', 1.2), ('emoji_draw', 2.0), ('emoji_edit', 1.5))
-DOCUMENTS = (('emoji_text', 0.08), ('emoji_interleaved', 0.1))
+DOCUMENTS = (('emoji_text', 0.04), ('emoji_interleaved', 0.1))
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -51,12 +51,18 @@ def get_config() -> ml_collections.ConfigDict:
           ),
           vocabulary=vocabulary,
           data=DataConfig(
-              stages=(StageConfig(1.0, (*CONVERSATIONS, *DOCUMENTS)),), seq_len=384, batch_size=16, packing_bins=16, shuffle_seed=1
+              stages=(StageConfig(1.0, (*CONVERSATIONS, *DOCUMENTS)),),
+              seq_len=384,
+              batch_size=16,
+              packing_bins=16,
+              shuffle_seed=1,
+              image_noise=0.6,
           ),
           init_from='runs/emoji/pretrain/model',
           optimizer=OptimizerConfig(name='muon', learning_rate=1.5e-3, schedule='cosine', warmup_steps=50, eps=1e-8),
-          n_steps=1550,
-          eval_every=310,
+          text_loss_weight=4.0,
+          n_steps=1500,
+          eval_every=300,
           log_every=20,
           seed=1,
           checkpoint=CheckpointConfig(every_steps=200),

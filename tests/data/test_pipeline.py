@@ -8,11 +8,12 @@ import pytest
 
 from chameleon_jax import presets
 from chameleon_jax.config import DataConfig, MeshConfig, StageConfig
-from chameleon_jax.data.pipeline import CachedText, dropped_documents, make_batches, stage_ends, to_devices, validation_batches
+from chameleon_jax.data.pipeline import CachedText, dropped_documents, make_batches, stage_ends, to_devices, validation_batches, with_noise
 from chameleon_jax.data.sources import source as registry
 from chameleon_jax.errors import ConfigError, DataError
 from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.tokens.document import Codes, Document, Image, Text
+from chameleon_jax.tokens.render import Rendered
 from chameleon_jax.tokens.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(presets.tiny_vocabulary())
@@ -261,3 +262,30 @@ def test_to_devices_splits_the_rows():
   np.testing.assert_array_equal(batch, np.arange(32).reshape(8, 4))
   assert {shard.data.shape for shard in batch.addressable_shards} == {(2, 4)}
   assert len(jax.devices()) == 8
+
+
+def test_noise_changes_image_tokens_of_the_input_alone():
+  picture = VOCABULARY.token_of_code[np.arange(4000) % 32]
+  tokens = np.r_[0, FIRST_TEXT, VOCABULARY.begin_image, picture, VOCABULARY.end_image].astype(np.int32)
+  plain = Rendered(tokens, np.roll(tokens, -1), np.ones(len(tokens), np.float32))
+  shares = []
+  for seed in range(40):
+    noisy = with_noise(plain, VOCABULARY, np.random.default_rng(seed), 0.5)
+    np.testing.assert_array_equal(noisy.targets, plain.targets)
+    np.testing.assert_array_equal(noisy.loss_weights, plain.loss_weights)
+    changed = noisy.tokens != plain.tokens
+    assert not changed[:3].any() and not changed[-1] and VOCABULARY.is_image[noisy.tokens[3:-1]].all()
+    shares.append(changed[3:-1].mean() * 32 / 31)  # one random code in 32 is the one it replaces
+  assert 0 <= min(shares) < 0.1 and 0.4 < max(shares) < 0.54
+  assert np.mean(shares) == pytest.approx(0.25, abs=0.08)  # uniform on [0, 0.5]
+
+
+def test_noise_is_for_training_and_repeats():
+  stages = (1.0, (('letters_pictures', 1.0),))
+  plain, noisy, again = (list(_batches(_config(stages, image_noise=noise))) for noise in (0.0, 0.6, 0.6))
+  assert any(np.any(a['tokens'] != b['tokens']) for a, b in zip(plain, noisy))
+  for a, b, c in zip(plain, noisy, again, strict=True):
+    np.testing.assert_array_equal(a['targets'], b['targets'])
+    np.testing.assert_array_equal(b['tokens'], c['tokens'])
+  for a, b in zip(*(_batches(_config(stages, image_noise=noise), split='validation') for noise in (0.0, 0.6)), strict=True):
+    np.testing.assert_array_equal(a['tokens'], b['tokens'])
