@@ -36,6 +36,7 @@ setup(
         'ml_collections>=1.0,<2',
         'pillow>=11,<14',
         'numpy>=2.0,<3',
+        'ml_dtypes>=0.5',  # bfloat16 in files read without jax
         'jaxtyping>=0.3.2,<0.4',
         'tensorboardX>=2.6.2,<3',
     ],
