@@ -30,7 +30,7 @@ from chameleon_jax.config import (
 )
 
 STAGE_1 = (('emoji_text', 0.12), ('emoji_pairs', 3.0), ('emoji_interleaved', 0.3))
-INSTRUCTIONS = (('emoji_chat', 1.8),)
+INSTRUCTIONS = (('emoji_chat', 1.71),)
 
 
 def get_config() -> ml_collections.ConfigDict:
