@@ -7,12 +7,12 @@ Source:    arXiv 2405.09818, section 3.1: cosine schedule, weight decay 0.1, z-l
            text and pages.
            Also ours: noise on the image tokens of the input, so that pictures are told by the words and not by their own first
            codes (after pre-training alone 10 % of training pictures were drawn right at a loss of 0.2 nats per code), and text
-           targets that weigh 4, since a name is 6 tokens and a picture 64.
+           targets that weigh 4, since a name is a few tokens and a picture 64.
 Data:      weights count documents; emoji_chat holds all tasks, the others are single tasks.
 Size:      that of emoji_pretrain.py.
 Hardware:  two CPU cores as for pre-training, 34 minutes.
 Watch:     validation/emoji_describe/loss_text, validation/emoji_draw/loss_image, validation/emoji_edit/loss_image: 0.16, 1.65 and 1.78 at
-           the end, still falling; validation/loss_image 1.97 at 300, 1.71 at 600, 1.53 at 900, 1.43 at 1,500.
+           the end; validation/loss_image 1.97 at 300, 1.71 at 600, 1.53 at 900, 1.43 at 1,500.
 Command:   chameleon train --config=experiments/emoji_sft.py --workdir=runs/emoji/sft
 Before:    emoji_pretrain.py, whose model folder is the start and holds the tokenizers.
 After:     chameleon evaluate --suite=emoji --model=runs/emoji/sft/model
