@@ -314,9 +314,10 @@ class StageConfig:
 class DataConfig:
   """Mixture, packing and reading.
 
-  `image_noise` u: in every document a share drawn from [0, u] of the image tokens is replaced by random ones in the
-  input, never in the targets. 0, as in the paper, for large data; where pictures recur often, it keeps the network from
-  telling a picture by its first codes instead of by the words before it.
+  `image_noise` u: in every document a share drawn from [0, u] of the image tokens that carry loss is replaced by random
+  ones in the input, never in the targets. 0, as in the paper, for large data; where pictures recur often, it keeps the
+  network from telling a picture by its first codes instead of by the words before it. `prompt_image_noise` is the same
+  for image tokens without loss: pictures a prompt gives, which the network must read as they are.
   """
 
   stages: tuple[StageConfig, ...] = ()
@@ -325,12 +326,14 @@ class DataConfig:
   packing_bins: int = 8
   shuffle_seed: int = 0
   image_noise: float = 0.0
+  prompt_image_noise: float = 0.0
   read_threads: int = 0  # 16 reader threads are slower than none on small hosts
   prefetch: int = 2
 
   def __post_init__(self):
     _require_positive(self, 'seq_len', 'batch_size', 'packing_bins')
     _require_fraction(self, 'image_noise')
+    _require_fraction(self, 'prompt_image_noise')
     if self.stages:
       total = sum(stage.fraction for stage in self.stages)
       _require(abs(total - 1) < 1e-6, f'the fractions of the stages sum to {total}, not 1')

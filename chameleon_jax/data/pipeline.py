@@ -61,14 +61,16 @@ class CachedText:
     self._tokenizer.save(path)
 
 
-def with_noise(rendered: Rendered, vocabulary: Vocabulary, rng: np.random.Generator, most: float) -> Rendered:
-  """The document with a share of its image tokens, drawn from [0, `most`], replaced by random image tokens in the input.
+def with_noise(rendered: Rendered, vocabulary: Vocabulary, rng: np.random.Generator, *, answers: float, prompts: float) -> Rendered:
+  """The document with some of its image tokens replaced by random image tokens in the input.
 
-  Targets and loss weights stay:
+  The share is drawn from [0, `answers`] for image tokens that carry loss, from [0, `prompts`] for those that are only
+  read. Targets and loss weights stay:
     tokens   begin 17 902 33 end        begin 17 411 33 end
     targets  17 902 33 end ..      ->   17 902 33 end ..
   """
-  share = most * rng.random()
+  learned = np.concatenate([[False], rendered.loss_weights[:-1] > 0])  # a token's own weight stands where it is the target
+  share = np.where(learned, answers * rng.random(), prompts * rng.random())
   replaced = vocabulary.is_image[rendered.tokens] & (rng.random(len(rendered)) < share)
   random_tokens = vocabulary.token_of_code[rng.integers(vocabulary.n_codes, size=len(rendered))]
   return Rendered(np.where(replaced, random_tokens, rendered.tokens), rendered.targets, rendered.loss_weights)
@@ -86,16 +88,18 @@ class RenderDocument:
       limits: Limits,
       encode_images: EncodeImages | None = None,
       image_noise: float = 0.0,
+      prompt_image_noise: float = 0.0,
   ):
     self._source, self._vocabulary, self._text_tokenizer = source, vocabulary, text_tokenizer
-    self._limits, self._encode_images, self._image_noise = limits, encode_images, image_noise
+    self._limits, self._encode_images = limits, encode_images
+    self._image_noise, self._prompt_image_noise = image_noise, prompt_image_noise
 
   def __call__(self, index: int, rng: np.random.Generator) -> Rendered | None:
     document = self._source.document(int(index), rng)
     rendered = fit(render(document, self._vocabulary, self._text_tokenizer, encode_images=self._encode_images), self._limits)
-    if rendered is None or self._image_noise == 0:
+    if rendered is None or self._image_noise == self._prompt_image_noise == 0:
       return rendered
-    return with_noise(rendered, self._vocabulary, rng, self._image_noise)
+    return with_noise(rendered, self._vocabulary, rng, answers=self._image_noise, prompts=self._prompt_image_noise)
 
 
 def stage_ends(stages: Sequence[StageConfig], n_steps: int) -> list[int]:
@@ -197,8 +201,8 @@ def make_batches(
     source = sources[name]
     if len(source) == 0:
       raise DataError(f'source {name!r} has no documents in split {split!r}; take it out of data.stages')
-    noise = config.image_noise if split == 'train' else 0.0
-    to_rendered = RenderDocument(source, vocabulary, cached, limits=limits, encode_images=encode_images, image_noise=noise)
+    noise = {'image_noise': config.image_noise, 'prompt_image_noise': config.prompt_image_noise} if split == 'train' else {}
+    to_rendered = RenderDocument(source, vocabulary, cached, limits=limits, encode_images=encode_images, **noise)
     seed = _seed(config.shuffle_seed, number, *name.encode())
     every = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().random_map(to_rendered, seed=seed)
     return every[index::count] if count > 1 else every

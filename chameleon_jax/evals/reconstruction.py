@@ -50,7 +50,7 @@ def ssim(a: UInt8[np.ndarray, 'B H W 3'], b: UInt8[np.ndarray, 'B H W 3']) -> Fl
 def codebook_use(codes: Codes, n_codes: int) -> dict[str, float]:
   """{'use': share of codes that occur, 'perplexity': exp(-sum p ln p), between 1 and n_codes}."""
   counts = np.bincount(codes.reshape(-1), minlength=n_codes)
-  p = counts[counts > 0] / max(counts.sum(), 1)
+  p = counts[counts > 0] / max(int(counts.sum()), 1)
   return {'use': float(np.mean(counts > 0)), 'perplexity': float(np.exp(-np.sum(p * np.log(p))))}
 
 

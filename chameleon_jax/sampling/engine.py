@@ -198,12 +198,12 @@ class Sampler:
     filled = rows + [dataclasses.replace(rows[0], n_new=0)] * (batch - len(rows))
     streams = [stream for group in zip(*(self._streams(row, guided=steps.guided) for row in filled)) for stream in group]
     lengths = np.array([len(stream) for stream in streams], np.int32)
-    context = self.config.max_seq_len
-    width = min(bucket(int(lengths.max()), smallest=_MIN_BUCKET), context)
+    context, longest = self.config.max_seq_len, max(len(stream) for stream in streams)
+    width = min(bucket(longest, smallest=_MIN_BUCKET), context)
     max_new = min(bucket(max(row.n_new for row in rows), smallest=_MIN_BUCKET), context)
     slots = min(width + max_new, context)
     if steps.guided:  # a prompt without begin_sequence leaves stream u one token longer than the row
-      width, slots = max(width, int(lengths.max())), max(slots, self.n_image_tokens + 2)
+      width, slots = max(width, longest), max(slots, self.n_image_tokens + 2)
     tokens = np.full((len(streams), width), self.vocabulary.pad, np.int32)
     for stream, prompt in enumerate(streams):
       tokens[stream, : len(prompt)] = prompt

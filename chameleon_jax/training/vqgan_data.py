@@ -55,8 +55,8 @@ def batch_indices(n: int, batch_size: int, *, seed: int, step: int) -> np.ndarra
   """
   positions = step * batch_size + np.arange(batch_size)
   epochs = positions // n
-  permutations = {epoch: np.random.default_rng((seed, int(epoch))).permutation(n) for epoch in np.unique(epochs)}
-  return np.array([permutations[epoch][position % n] for epoch, position in zip(epochs, positions)])
+  permutations = {epoch: np.random.default_rng((seed, epoch)).permutation(n) for epoch in np.unique(epochs).tolist()}
+  return np.array([permutations[epoch][position % n] for epoch, position in zip(epochs.tolist(), positions.tolist())])
 
 
 def augment(pictures: Pictures, *, seed: int, step: int, horizontal_flip: bool, max_shift: int) -> Pictures:

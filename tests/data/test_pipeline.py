@@ -270,7 +270,7 @@ def test_noise_changes_image_tokens_of_the_input_alone():
   plain = Rendered(tokens, np.roll(tokens, -1), np.ones(len(tokens), np.float32))
   shares = []
   for seed in range(40):
-    noisy = with_noise(plain, VOCABULARY, np.random.default_rng(seed), 0.5)
+    noisy = with_noise(plain, VOCABULARY, np.random.default_rng(seed), answers=0.5, prompts=0.0)
     np.testing.assert_array_equal(noisy.targets, plain.targets)
     np.testing.assert_array_equal(noisy.loss_weights, plain.loss_weights)
     changed = noisy.tokens != plain.tokens
@@ -278,6 +278,22 @@ def test_noise_changes_image_tokens_of_the_input_alone():
     shares.append(changed[3:-1].mean() * 32 / 31)  # one random code in 32 is the one it replaces
   assert 0 <= min(shares) < 0.1 and 0.4 < max(shares) < 0.54
   assert np.mean(shares) == pytest.approx(0.25, abs=0.08)  # uniform on [0, 0.5]
+
+
+def test_pictures_of_a_prompt_have_their_own_share_of_noise():
+  picture = VOCABULARY.token_of_code[np.arange(2000) % 32]
+  turn = np.r_[VOCABULARY.begin_image, picture, VOCABULARY.end_image]
+  tokens = np.r_[0, turn, turn].astype(np.int32)
+  is_answer = np.arange(len(tokens)) > len(turn)
+  rendered = Rendered(tokens, np.roll(tokens, -1), np.roll(is_answer, -1).astype(np.float32))
+  shares = []
+  for seed in range(40):
+    changed = with_noise(rendered, VOCABULARY, np.random.default_rng(seed), answers=0.8, prompts=0.2).tokens != tokens
+    assert not changed[~VOCABULARY.is_image[tokens]].any()
+    shares.append([changed[~is_answer].sum() / 2000, changed[is_answer].sum() / 2000])
+  prompts, answers = np.array(shares).T * 32 / 31
+  assert np.mean(prompts) == pytest.approx(0.1, abs=0.03) and 0.15 < prompts.max() < 0.24
+  assert np.mean(answers) == pytest.approx(0.4, abs=0.12) and 0.6 < answers.max() < 0.84
 
 
 def test_noise_is_for_training_and_repeats():

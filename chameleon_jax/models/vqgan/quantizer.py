@@ -4,6 +4,8 @@ Holds the codebook and the lookup in both directions; how the codebook learns (g
 business of training. No normalisation of latents or codes.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -39,7 +41,7 @@ class Quantizer(nn.Module):
   def setup(self):
     n, d = self.config.n_codes, self.config.d_code
 
-    def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
       return jax.random.uniform(key, shape, dtype, minval=-1 / n, maxval=1 / n)
 
     self.embedding = self.param('embedding', nn.with_logical_partitioning(init, ('code', 'code_dim')), (n, d))
