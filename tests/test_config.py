@@ -41,6 +41,7 @@ def test_picture_grid(changes, downsampling, n_image_tokens):
         (lambda: config.StageConfig(0.5, (('a', 0.0),)), 'must be positive'),
         (lambda: config.SamplingOptions(top_p=0.0), r'top_p must lie in \(0, 1\]'),
         (lambda: config.VQLossConfig(perceptual='lpips'), 'needs lpips_path'),
+        (lambda: config.ImageTokenizerTrainConfig(optimizer=config.OptimizerConfig(name='muon')), 'optimizer.name must be adamw'),
         (
             lambda: config.TrainConfig(model=presets.tiny_transformer(), vocabulary=config.VocabularyConfig(), data=config.DataConfig()),
             'model.vocab_size 128 and vocabulary.size 65536 differ',

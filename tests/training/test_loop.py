@@ -59,9 +59,10 @@ def _metrics(workdir, *, prefix='train'):
   return found
 
 
-def test_losses_are_bit_identical_after_sigkill(tmp_path):
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+def test_losses_are_bit_identical_after_sigkill(tmp_path, optimizer):
   environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(path for path in sys.path if path), 'XLA_FLAGS': ''}
-  command = [sys.executable, str(SCRIPT), str(tmp_path / 'killed')]
+  command = [sys.executable, str(SCRIPT), str(tmp_path / 'killed'), '--optimizer', optimizer]
   first = subprocess.run([*command, '--whole_first', '--kill_after', '8'], env=environment, capture_output=True, text=True, timeout=300)
   assert first.returncode == -signal.SIGKILL, first.stderr
   assert sorted(_metrics(tmp_path / 'killed')) == list(range(1, 9))

@@ -1,10 +1,11 @@
-"""A run of seconds on a scripted source: `python tiny_run.py WORKDIR [--kill_after N] [--stop_after N]`.
+"""A run of seconds on a scripted source: `python tiny_run.py WORKDIR [--kill_after N] [--whole_first] [--optimizer adamw|muon]`.
 
 With --kill_after the process kills itself, as `kill -9` does, right after the metrics of that step are written.
 Also imported by test_loop.py.
 """
 
 import argparse
+import dataclasses
 import os
 import pathlib
 import signal
@@ -84,13 +85,18 @@ def main():
   parser.add_argument('workdir', type=pathlib.Path)
   parser.add_argument('--kill_after', type=int)
   parser.add_argument('--whole_first', action='store_true')
+  parser.add_argument('--optimizer', choices=('adamw', 'muon'), default='adamw')
   arguments = parser.parse_args()
+  run = config()
+  # With Muon also the unrolled layers of the emoji experiments.
+  model = dataclasses.replace(run.model, scan_layers=arguments.optimizer == 'adamw')
+  run = dataclasses.replace(run, model=model, optimizer=dataclasses.replace(run.optimizer, name=arguments.optimizer))
   registry.SOURCES.update(SOURCES)
   if arguments.whole_first:
-    loop.train(config(), arguments.workdir.with_name('whole'), tokenizers=tokenizers())
+    loop.train(run, arguments.workdir.with_name('whole'), tokenizers=tokenizers())
   if arguments.kill_after is not None:
     _kill_after(arguments.kill_after)
-  loop.train(config(), arguments.workdir, tokenizers=tokenizers())
+  loop.train(run, arguments.workdir, tokenizers=tokenizers())
 
 
 if __name__ == '__main__':
