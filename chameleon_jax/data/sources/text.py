@@ -3,6 +3,8 @@
 Text is the only thing it knows. Source of the text: `emoji_world.py` (PSF licence).
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from chameleon_jax.array_types import Codes
@@ -39,14 +41,36 @@ def chunks(text: str, *, max_characters: int = MAX_CHARACTERS) -> list[str]:
   return pieces
 
 
+def fresh_pieces(pieces: Sequence[str], others: Sequence[str], *, window: int = 60) -> list[str]:
+  """The pieces that share no run of `window` characters with any of the others (the whole piece, where it is shorter).
+
+      'abcdef', 'xyz' | others 'zzcdezz', window 3  ->  'xyz'        'cde' stands in both
+  """
+  runs = {text[start : start + window] for text in others for start in range(max(1, len(text) - window + 1))}
+  whole = '\0'.join(others)
+
+  def is_fresh(piece: str) -> bool:
+    if len(piece) < window:
+      return piece not in whole
+    return not any(piece[start : start + window] in runs for start in range(len(piece) - window + 1))
+
+  return [piece for piece in pieces if is_fresh(piece)]
+
+
 class DocumentationText:
-  """Source 'emoji_text': one document for each piece of each topic of the split, always the same."""
+  """Source 'emoji_text': one document for each piece of each topic of the split, always the same.
+
+  Topics quote each other at length; of the training topics, pieces that share a sentence with a held-out topic are left
+  out (`fresh_pieces`).
+  """
 
   def __init__(self, split: str, codes: Codes | None = None, *, max_characters: int = MAX_CHARACTERS):
     del codes  # no pictures
     world = EmojiWorld.load()
     topics = world.text_train if split == 'train' else world.text_validation
     self._pieces = [piece for topic in topics for piece in chunks(topic, max_characters=max_characters)]
+    if split == 'train':
+      self._pieces = fresh_pieces(self._pieces, world.text_validation)
 
   def __len__(self) -> int:
     return len(self._pieces)
