@@ -32,6 +32,8 @@ setup(
         'tensorflow-datasets>=4.9.10,<5',
         'importlib_resources>=6.4',  # tensorflow-datasets imports it but does not ask for it on Python 3.9 and later
         'sentencepiece>=0.2.1,<0.3',
+        'tokenizers>=0.21,<1',  # the released text tokenizer
+        'pyyaml>=6',  # vqgan.yaml of the release
         'absl-py>=2.1,<3',
         'ml_collections>=1.0,<2',
         'pillow>=11,<14',
@@ -45,7 +47,7 @@ setup(
         'tpu': [JAX.replace('jax', 'jax[tpu]', 1)],
         'serve': [],  # nothing beyond the core; the name is kept so that install lines stay valid
         'eval': [],  # the same
-        'parity': ['torch>=2.6', 'transformers>=5', 'safetensors>=0.5'],  # for tests against other implementations
+        'parity': ['torch==2.13.0', 'transformers>=5.17,<6', 'safetensors>=0.5'],  # for tests against other implementations
         'dev': [
             'pytest>=8',
             'ruff>=0.9',

@@ -8,8 +8,10 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+  from jax.sharding import Mesh
+
   from chameleon_jax.chameleon import Chameleon
-  from chameleon_jax.config import SamplingOptions
+  from chameleon_jax.config import Dtype, SamplingOptions
   from chameleon_jax.tokens.document import Codes, Document, Image, Text, Turn
 
 __version__ = '0.1.0'
@@ -27,9 +29,18 @@ _HOMES = {
 __all__ = ['Chameleon', 'Codes', 'Document', 'Image', 'SamplingOptions', 'Text', 'Turn', 'load']
 
 
-def load(path: str | os.PathLike[str]) -> 'Chameleon':
-  """Opens a model folder, or shipped weights by name ('emoji')."""
-  return importlib.import_module('chameleon_jax.chameleon').Chameleon.load(path)
+def load(
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: str | os.PathLike[str] | None = None,
+    dtype: 'Dtype | None' = None,
+    mesh: 'Mesh | None' = None,
+) -> 'Chameleon':
+  """Opens weights of any format of the family (ours, Meta's, Hugging Face's, Anole's, Lumina-mGPT's), or shipped ones by name ('emoji').
+
+  The arguments are those of `Chameleon.load`.
+  """
+  return importlib.import_module('chameleon_jax.chameleon').Chameleon.load(path, tokenizer=tokenizer, dtype=dtype, mesh=mesh)
 
 
 def __getattr__(name: str) -> Any:

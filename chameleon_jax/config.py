@@ -276,7 +276,7 @@ class ImageTokenizerTrainConfig:
   def __post_init__(self):
     _require_positive(self, 'batch_size', 'n_steps', 'eval_every', 'log_every')
     for name in ('optimizer', 'discriminator_optimizer'):
-      _require(getattr(self, name).name == 'adamw', f'{name}.name must be adamw: muon is for the matrices of the transformer, not for convolutions')
+      _require(getattr(self, name).name == 'adamw', f'{name}.name must be adamw: muon is for matrices, not for convolutions')
 
 
 @dataclasses.dataclass(frozen=True)

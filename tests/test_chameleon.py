@@ -1,16 +1,23 @@
 """The object a user holds: pictures to codes and back, documents in and out, and what it says when a part is missing."""
 
 import dataclasses
+import pathlib
 
+import jax
 import numpy as np
 import pytest
 
 import chameleon_jax as cj
+from chameleon_jax.config import MeshConfig
 from chameleon_jax.errors import CheckpointError, ImageError
 from chameleon_jax.interop.native import ModelParts
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.models.vqgan.model import VQGAN, to_pixels
+from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.tokens import images
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+MODELS = GOLDEN / 'models'
 
 GREEDY = cj.SamplingOptions(
     greedy=True, image_greedy=True, guidance_text=1.0, guidance_image=1.0, repetition_penalty=1.0, max_new_tokens=20
@@ -77,6 +84,8 @@ def test_a_part_that_is_missing_is_named_by_the_call_that_needs_it(model):
   with pytest.raises(CheckpointError, match='half holds no transformer'):
     only_images.logits(np.zeros((1, 2), np.int32))
   only_text = cj.Chameleon(ModelParts(), name='empty')
+  with pytest.raises(CheckpointError, match='empty holds no vocabulary'):
+    only_text.vocabulary  # noqa: B018  (the property raises)
   with pytest.raises(CheckpointError, match='empty holds no image tokenizer'):
     only_text.decode_codes(np.zeros((1, 16), np.int32))
 
@@ -95,3 +104,86 @@ def test_public_names_load_on_first_use():
 def test_the_network_and_the_host_see_the_same_pixels():
   levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)[None, None]
   np.testing.assert_array_equal(to_pixels(levels[0]), images.to_float(levels[0]))
+
+
+# ------------------------------------------------------------------------------------ weights of other people
+
+
+def test_the_settings_and_the_words_are_those_of_the_files():
+  with pytest.warns(UserWarning, match='image output is suppressed'):
+    model = cj.load(MODELS / 'meta_30b_like')
+  assert len(model.notes) == 1 and 'noimggen' in model.notes[0]
+  assert model.config.norm_position == 'post' and not model.config.scan_layers
+  assert model.vocabulary.names == model.parts.text_tokenizer.names
+  logits = model.logits(np.array([[0, 40, 41]], np.int32))
+  assert logits.shape == (1, 3, model.config.vocab_size) and logits.dtype == np.float32
+  codes = model.encode_images(np.zeros((2, 20, 31, 3), np.uint8))
+  assert codes.shape == (2, model.n_image_tokens) and codes.dtype == np.int32
+  assert model.decode_codes(codes).shape == (2, *2 * (model.parts.vqgan_config.resolution,), 3)
+
+
+@pytest.mark.filterwarnings('ignore:.*image tokenizer')
+def test_without_a_picture_decoder_only_drawing_fails():
+  model = cj.load(MODELS / 'hf_7b_like')
+  codes = model.encode_images(np.zeros((1, 20, 20, 3), np.uint8))
+  with pytest.raises(CheckpointError, match='holds no picture decoder'):
+    model.decode_codes(codes)
+  with pytest.raises(CheckpointError, match='holds no picture decoder'):
+    model.generate([cj.Document.chat('draw')], dataclasses.replace(GREEDY, modalities='image'))
+  (answer,) = model.generate([cj.Document.chat('say')], dataclasses.replace(GREEDY, modalities='text', max_new_tokens=3))
+  assert not answer.pictures
+  picture = cj.Document.chat(cj.Image(np.zeros((20, 20, 3), np.uint8)), 'what is this?')
+  assert len(model.generate([picture], dataclasses.replace(GREEDY, modalities='text', max_new_tokens=3))) == 1
+
+
+@pytest.mark.filterwarnings('ignore:.*image tokenizer')
+def test_without_an_image_tokenizer_text_is_written():
+  model = cj.load(MODELS / 'lumina_like')
+  (answer,) = model.generate([cj.Document.chat('say')], dataclasses.replace(GREEDY, modalities='text', max_new_tokens=3))
+  assert isinstance(answer, cj.Document)
+  for call in (
+      lambda: model.generate([cj.Document.chat('draw')], GREEDY),
+      lambda: model.generate_tokens([[0, 5]], dataclasses.replace(GREEDY, modalities='image')),
+      lambda: model.encode_images(np.zeros((1, 8, 8, 3), np.uint8)),
+      lambda: model.encode_images(np.zeros((1, 8, 8, 3), np.uint8), convention='huggingface'),
+  ):
+    with pytest.raises(CheckpointError, match='holds no image tokenizer'):
+      call()
+  whole = cj.load(MODELS / 'lumina_like', tokenizer=GOLDEN / 'tokenizer')
+  assert whole.decode_codes(whole.encode_images(np.zeros((1, 8, 8, 3), np.uint8))).dtype == np.uint8
+
+
+def test_both_conventions_of_pictures(model):
+  picture = np.random.default_rng(1).integers(0, 256, (1, 23, 41, 3), dtype=np.uint8)
+  network = VQGAN(model.parts.vqgan_config)
+  found = {}
+  for convention in ('meta', 'huggingface'):
+    fitted = images.preprocess(picture[0], 16, convention=convention)
+    pixels = images.to_float(fitted[None], convention=convention)
+    expected, _ = network.apply({'params': model.parts.vqgan_params}, pixels, method='encode')
+    found[convention] = model.encode_images(picture, convention=convention)
+    assert found[convention].dtype == np.int32
+    np.testing.assert_array_equal(found[convention], np.asarray(expected).reshape(1, -1))
+  np.testing.assert_array_equal(model.encode_images(picture), found['meta'])
+  assert model.encode_images(picture[:0], convention='huggingface').shape == (0, 16)
+
+
+def test_the_type_of_computation_can_be_chosen(tiny_model_folder, model):
+  half = cj.load(tiny_model_folder, dtype='bfloat16')
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(half.parts.transformer_params)} == {'bfloat16'}
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(half.parts.vqgan_params)} == {'float32'}
+  tokens = np.array([[0, 40, 41, 7]], np.int32)
+  difference = np.abs(half.logits(tokens) - model.logits(tokens)).max()
+  assert half.config.dtype == 'bfloat16' and 0 < difference < 0.1
+
+
+def test_a_mesh_of_devices_gives_the_same(tiny_model_folder, model, pictures):
+  spread = cj.load(tiny_model_folder, mesh=make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)))
+  leaf = spread.parts.transformer_params['layers_0']['feed_forward']['gate_proj']
+  assert leaf.addressable_shards[0].data.size == leaf.size // 4 and len(leaf.sharding.device_set) == 8
+  tokens = np.array([[0, 40, 41, 7], [0, 90, 5, 6]], np.int32)
+  np.testing.assert_allclose(spread.logits(tokens), model.logits(tokens), atol=1e-5)
+  np.testing.assert_array_equal(spread.encode_images(pictures), model.encode_images(pictures))
+  options = dataclasses.replace(GREEDY, modalities='image')
+  for ours, theirs in zip(spread.generate_tokens([[0, 90], [0]], options), model.generate_tokens([[0, 90], [0]], options)):
+    np.testing.assert_array_equal(ours, theirs)

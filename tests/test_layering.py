@@ -57,6 +57,8 @@ FENCES: dict[str, tuple[str, ...]] = {
     'absl.flags': ('cli',),
     'absl.app': ('cli',),
     'ml_collections': ('cli',),
+    'tokenizers': ('tokens.text_json', 'tools'),
+    'yaml': ('interop',),
     'PIL': ('tokens.images',),
     'torch': (),
     'tensorflow': (),

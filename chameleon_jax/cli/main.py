@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'demo': ('demo', 'describe, draw and edit held-out emoji with the shipped weights and write a page'),
     'sample': ('sample', 'continue a prompt with text and pictures'),
     'evaluate': ('evaluate', 'measure a model and print the table'),
+    'convert': ('convert', "read and write weights in our form, Meta's and Hugging Face's"),
+    'verify': ('verify', 'compare two checkpoints, or one with golden values, and name what differs'),
     'train-image-tokenizer': ('train_image_tokenizer', 'train the VQ-GAN that turns pictures into codes and back'),
     'train-text-tokenizer': ('train_text_tokenizer', 'train the sentencepiece BPE text tokenizer'),
     'train': ('train', 'pre-train or fine-tune the transformer'),

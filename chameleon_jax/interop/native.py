@@ -1,68 +1,63 @@
-"""Our own model folder: what `train` writes at its end and `Chameleon.load` opens.
+"""Our own model folder: what `train` and `convert` write and `chameleon_jax.load` opens. Version 2:
 
-    DIR/config.json            format, version, and the config of each part that is there
-    DIR/text_tokenizer.model   sentencepiece model
-    DIR/transformer/           Orbax parameter tree
-    DIR/image_tokenizer/       Orbax parameter tree
+    DIR/config.json            format, version, the config of each part that is there, and where the weights came from
+    DIR/text_tokenizer.model   sentencepiece model, or
+    DIR/text_tokenizer.json    the released form
+    DIR/transformer/GROUP/     one Orbax tree each for `embedding`, `layers_0` .., `final_norm`, `lm_head`
+    DIR/image_tokenizer/       Orbax tree; may lack `decoder`
+    DIR/checksums.json         of every file but config.json
+    DIR/origin/                files and tensors of a foreign checkpoint that have no place here, see `native_lazy`
 
+A layer lies by itself, whether the network stacks its layers in memory (`scan_layers`) or not, so that weights larger than
+memory can be written and read. Version 1 holds the transformer as one tree, stacked as the config says, and is still read.
 A folder may hold any subset of the parts. It is written aside and renamed, so a reader never sees half of one.
 """
 
 import dataclasses
-import json
 import os
 import pathlib
-import shutil
-import typing
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from chameleon_jax.array_types import Params, PyTree
 from chameleon_jax.config import TransformerConfig, VocabularyConfig, VQGANConfig
 from chameleon_jax.errors import CheckpointError
+from chameleon_jax.interop.checksums import check_files, read_checksums, write_checksums
+from chameleon_jax.interop.native_files import (
+    CONFIG_FILE,
+    IMAGE_TOKENIZER,
+    TRANSFORMER,
+    VERSION,
+    Header,
+    load_text_tokenizer,
+    read_header,
+    save_text_tokenizer,
+    write_header,
+)
+from chameleon_jax.interop.staging import staged
+from chameleon_jax.interop.trees import TreeFiller, check_groups, check_shapes, flat, group_shapes, stored_vqgan_shapes
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.models.vqgan.model import VQGAN
-from chameleon_jax.tokens.text import SentencePieceText
+from chameleon_jax.tokens.text import TextTokenizer
+from chameleon_jax.tokens.vocabulary import Vocabulary
 from chameleon_jax.training.checkpoint import load_tree, save_tree
-
-FORMAT = 'chameleon_jax'
-VERSION = 1
-_CONFIG_FILE = 'config.json'
-_TEXT_FILE = 'text_tokenizer.model'
-_TRANSFORMER = 'transformer'
-_IMAGE_TOKENIZER = 'image_tokenizer'
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelParts:
-  """The parts of a model folder; None where the folder lacks one."""
+  """The parts of a model; None where it lacks one. `vqgan_params` may lack 'decoder'."""
 
   transformer_config: TransformerConfig | None = None
   transformer_params: Params | None = None
   vqgan_config: VQGANConfig | None = None
   vqgan_params: Params | None = None
   vocabulary: VocabularyConfig | None = None
-  text_tokenizer: SentencePieceText | None = None
-
-
-def config_from_dict(kind: type, values: dict[str, Any], *, where: str) -> Any:
-  """Builds the flat dataclass `kind` from JSON values; lists become tuples.
-
-  Raises:
-    CheckpointError: a field is unknown or missing, or the dataclass refuses a value.
-  """
-  known = {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
-  unknown = sorted(set(values) - set(known))
-  if unknown:
-    raise CheckpointError(f'{where}: {kind.__name__} has no field {unknown[0]!r}; was this written by a newer version?')
-  converted = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-  try:
-    return kind(**converted)
-  except (TypeError, ValueError) as error:
-    raise CheckpointError(f'{where}: {error}') from error
+  text_tokenizer: TextTokenizer | None = None
 
 
 def save_model(path: str | os.PathLike[str], parts: ModelParts, *, dtype: str | None = None) -> None:
@@ -77,69 +72,43 @@ def save_model(path: str | os.PathLike[str], parts: ModelParts, *, dtype: str | 
     CheckpointError: `path` exists and is not a model folder, or writing failed (nothing is left behind).
   """
   target = pathlib.Path(path).absolute()
-  if target.exists() and not (target / _CONFIG_FILE).exists() and any(target.iterdir()):
+  if target.exists() and not (target / CONFIG_FILE).exists() and any(target.iterdir()):
     raise CheckpointError(f'{target} exists and is not a model folder; choose another path')
-  aside = target.with_name(f'.{target.name}.writing-{os.getpid()}')
-  shutil.rmtree(aside, ignore_errors=True)
-  aside.mkdir(parents=True)
   try:
-    config: dict[str, Any] = {'format': FORMAT, 'version': VERSION}
-    if parts.transformer_config is not None:
-      config['transformer'] = dataclasses.asdict(parts.transformer_config)
-      save_tree(aside / _TRANSFORMER, _cast(parts.transformer_params, dtype))
-    if parts.vqgan_config is not None:
-      config['vqgan'] = dataclasses.asdict(parts.vqgan_config)
-      save_tree(aside / _IMAGE_TOKENIZER, _cast(parts.vqgan_params, dtype))
-    if parts.vocabulary is not None:
-      config['vocabulary'] = dataclasses.asdict(parts.vocabulary)
-    if parts.text_tokenizer is not None:
-      parts.text_tokenizer.save(aside / _TEXT_FILE)
-    (aside / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n')
-    old = target.with_name(f'.{target.name}.old-{os.getpid()}')
-    if target.exists():
-      target.rename(old)
-    aside.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    with staged(target) as folder:
+      if parts.transformer_config is not None:
+        for group, tree in _groups(parts.transformer_params):
+          save_tree(folder / TRANSFORMER / group, _cast(tree, dtype))
+      if parts.vqgan_config is not None:
+        save_tree(folder / IMAGE_TOKENIZER, _cast(parts.vqgan_params, dtype))
+      save_text_tokenizer(folder, parts.text_tokenizer)
+      write_header(folder, Header(VERSION, parts.transformer_config, parts.vqgan_config, parts.vocabulary, None))
+      write_checksums(folder)
   except OSError as error:
     raise CheckpointError(f'model folder {target} could not be written: {error}') from error
-  finally:
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def load_model(path: str | os.PathLike[str]) -> ModelParts:
   """Reads a model folder; parameters come back in their config's `param_dtype`, on the default device.
 
+  The transformer's are stacked where its config says `scan_layers`, whatever the version of the folder.
+
   Raises:
     CheckpointError: the folder is missing, foreign or damaged, or its parts do not fit each other.
   """
   folder = pathlib.Path(path).absolute()
-  if not folder.is_dir():
-    raise CheckpointError(f'model folder {folder} does not exist')
-  if not (folder / _CONFIG_FILE).exists():
-    raise CheckpointError(f'{folder} is no model folder: it holds no {_CONFIG_FILE}')
-  try:
-    config = json.loads((folder / _CONFIG_FILE).read_text())
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise CheckpointError(f'{folder / _CONFIG_FILE} is not valid JSON: {error}') from error
-  if not isinstance(config, dict) or config.get('format') != FORMAT:
-    raise CheckpointError(f'{folder / _CONFIG_FILE} is not of this project: expected "format": "{FORMAT}"')
-  if config.get('version') != VERSION:
-    raise CheckpointError(f'{folder} has version {config.get("version")!r}; this program reads version {VERSION}')
-
-  where = str(folder / _CONFIG_FILE)
-  values: dict[str, Any] = {}
-  if 'transformer' in config:
-    transformer_config = config_from_dict(TransformerConfig, config['transformer'], where=where)
-    values['transformer_config'] = transformer_config
-    values['transformer_params'] = _load_params(folder / _TRANSFORMER, abstract_transformer(transformer_config))
-  if 'vqgan' in config:
-    vqgan_config = config_from_dict(VQGANConfig, config['vqgan'], where=where)
-    values['vqgan_config'] = vqgan_config
-    values['vqgan_params'] = _load_params(folder / _IMAGE_TOKENIZER, abstract_vqgan(vqgan_config))
-  if 'vocabulary' in config:
-    values['vocabulary'] = config_from_dict(VocabularyConfig, config['vocabulary'], where=where)
-  if (folder / _TEXT_FILE).exists():
-    values['text_tokenizer'] = SentencePieceText.load(folder / _TEXT_FILE)
+  header, checksums = read_header(folder), read_checksums(folder)
+  values: dict[str, Any] = {'vocabulary': header.vocabulary, 'text_tokenizer': load_text_tokenizer(folder, checksums)}
+  if header.transformer is not None:
+    check_files(folder, TRANSFORMER, checksums)
+    values['transformer_config'] = header.transformer
+    values['transformer_params'] = _load_transformer(folder / TRANSFORMER, header.transformer, header.version)
+  if header.vqgan is not None:
+    check_files(folder, IMAGE_TOKENIZER, checksums)
+    stored = load_tree(folder / IMAGE_TOKENIZER)
+    check_shapes(folder / IMAGE_TOKENIZER, flat(stored), stored_vqgan_shapes(header.vqgan, flat(stored)))
+    values['vqgan_config'] = header.vqgan
+    values['vqgan_params'] = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), stored)
   parts = ModelParts(**values)
   check_fit(parts, where=str(folder))
   return parts
@@ -162,6 +131,20 @@ def check_fit(parts: ModelParts, *, where: str) -> None:
     raise CheckpointError(f'{where}: the text tokenizer has {text.n_pieces} pieces, the vocabulary room for {vocabulary.n_text}')
 
 
+def make_vocabulary(config: VocabularyConfig, text_tokenizer: TextTokenizer | None) -> Vocabulary:
+  """The token table; a released tokenizer gives its own, as it knows which id each name has.
+
+  Raises:
+    CheckpointError: that table has another layout than `config`.
+  """
+  table = getattr(text_tokenizer, 'vocabulary', None)
+  if not isinstance(table, Vocabulary):
+    return Vocabulary(config)
+  if table.config != config:
+    raise CheckpointError(f'the text tokenizer has the token table {table.config}, the model {config}')
+  return table
+
+
 def abstract_transformer(config: TransformerConfig) -> PyTree:
   """Boxed shapes of the transformer's parameters."""
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -174,19 +157,31 @@ def abstract_vqgan(config: VQGANConfig) -> PyTree:
   return jax.eval_shape(VQGAN(config).init, jax.random.key(0), pixels)['params']
 
 
-def _load_params(path: pathlib.Path, boxed: PyTree) -> Params:
-  abstract = nn.meta.unbox(boxed)
-  stored = load_tree(path)
-  expected = {jax.tree_util.keystr(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(abstract)}
-  found = {jax.tree_util.keystr(key): leaf for key, leaf in jax.tree_util.tree_leaves_with_path(stored)}
-  missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-  if missing or extra:
-    what = f'lacks parameter {missing[0]}' if missing else f'has the unknown parameter {extra[0]}'
-    raise CheckpointError(f'{path} {what}; its config.json describes another model')
-  for name, leaf in expected.items():
-    if tuple(found[name].shape) != tuple(leaf.shape):
-      raise CheckpointError(f'{path}: parameter {name} has shape {tuple(found[name].shape)}, its config.json asks for {tuple(leaf.shape)}')
-  return jax.tree.map(lambda leaf, like: jnp.asarray(leaf, like.dtype), stored, abstract)
+def _groups(params: Params) -> Iterator[tuple[str, PyTree]]:
+  """The groups of a transformer's tree, {group: ...} each; of stacked layers one is cut out at a time."""
+  for name, subtree in params.items():
+    if name != 'layers':
+      yield name, {name: subtree}
+      continue
+    for index in range(jax.tree.leaves(subtree)[0].shape[0]):
+      yield f'layers_{index}', {f'layers_{index}': jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), subtree)}
+
+
+def _load_transformer(folder: pathlib.Path, config: TransformerConfig, version: int) -> Params:
+  if version == 1:
+    stored = load_tree(folder)
+    abstract = flat(nn.meta.unbox(abstract_transformer(config)))
+    check_shapes(folder, flat(stored), {name: tuple(leaf.shape) for name, leaf in abstract.items()})
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, config.param_dtype), stored)
+  groups = group_shapes(config)
+  check_groups(folder, groups)
+  fill = TreeFiller(config)
+  for group, shapes in groups.items():
+    leaves = flat(load_tree(folder / group))
+    check_shapes(folder / group, leaves, shapes)
+    for name, value in leaves.items():
+      fill.put(name, value)
+  return jax.tree.map(jnp.asarray, fill.tree())
 
 
 def _cast(params: Params | None, dtype: str | None) -> Params:

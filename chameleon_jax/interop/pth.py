@@ -29,7 +29,7 @@ MAX_REPEATED = 1 << 24  # elements of an expanded tensor, which may have more of
 _MAX_NAMES = 512 << 20  # characters of all names, every entry counted as 64 more
 _LIMIT = 2**63
 
-_STORAGES = {
+STORAGES = {
     'Float': np.dtype('<f4'),
     'Double': np.dtype('<f8'),
     'Half': np.dtype('<f2'),
@@ -190,9 +190,9 @@ class PthFile:
       raise CheckpointError(f'{self.path} has byte order {brief(order)}; only little-endian is read, re-save it on such a machine')
 
   def _read_tree(self) -> Any:
-    admitted: dict[str, Any] = {f'torch {name}Storage': StorageType(dtype) for name, dtype in _STORAGES.items()}
+    admitted: dict[str, Any] = {f'torch {name}Storage': StorageType(dtype) for name, dtype in STORAGES.items()}
     admitted |= {f'{module} UntypedStorage': StorageType(np.dtype('u1')) for module in ('torch', 'torch.storage')}
-    admitted |= {f'torch {dtype.name}': dtype for dtype in _STORAGES.values()}
+    admitted |= {f'torch {dtype.name}': dtype for dtype in STORAGES.values()}
     for name, call in (
         ('collections OrderedDict', _ordered_dict),
         ('torch Size', _size),

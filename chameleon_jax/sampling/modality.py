@@ -40,7 +40,7 @@ from chameleon_jax.tokens.vocabulary import Vocabulary
 TEXT, IMAGE, DONE = 0, 1, 2
 
 # Kinds of token, the columns of the small table that `allowed` gathers from. `NEVER` holds what no mode draws:
-# begin_sequence, unknown, sentinels, the reserved tokens other than end_turn.
+# begin_sequence, unknown, sentinels, the reserved tokens other than end_turn, barred text.
 NEVER, TEXT_TOKEN, END_SEQUENCE, END_TURN, BEGIN_IMAGE, CODE, END_IMAGE, PAD = range(8)
 
 UNLIMITED = np.iinfo(np.int32).max
@@ -102,7 +102,7 @@ class RowState:
 def token_table(vocabulary: Vocabulary, *, n_image_tokens: int, max_seq_len: int) -> TokenTable:
   """Sorts the vocabulary into kinds (numpy, once per sampler)."""
   kind = np.full(vocabulary.size, NEVER, np.int32)
-  kind[vocabulary.is_text] = TEXT_TOKEN
+  kind[vocabulary.is_text & ~vocabulary.is_barred] = TEXT_TOKEN
   kind[vocabulary.is_image] = CODE
   kind[vocabulary.end_sequence] = END_SEQUENCE
   kind[vocabulary.end_turn] = END_TURN

@@ -20,10 +20,10 @@ from chameleon_jax.errors import CheckpointError, DataError
 
 N_BYTES = 256
 # sentencepiece writes a space as this character and would read it back as a space: it goes as bytes.
-_SPACE_SIGN = '\u2581'
-_SPACE_SIGN_PIECES = list(_SPACE_SIGN.encode('utf-8'))
+SPACE_SIGN = '\u2581'
+_SPACE_SIGN_PIECES = list(SPACE_SIGN.encode('utf-8'))
 _MAX_SENTENCE = 1 << 16  # characters per training sentence; the trainer drops what is longer than its limit in bytes
-_PROBES = ('', ' a  b ', '\n\t\ufb01 \U0001f600\u200d\u2642\ufe0f x\r\n', '<s><unk><0x41>\x00')
+PROBES = ('', ' a  b ', '\n\t\ufb01 \U0001f600\u200d\u2642\ufe0f x\r\n', '<s><unk><0x41>\x00')
 
 
 @runtime_checkable
@@ -67,16 +67,13 @@ class SentencePieceText:
     has_bytes = n > N_BYTES and all(processor.IsByte(1 + byte) for byte in range(N_BYTES))
     if not has_bytes or not processor.IsUnknown(0) or any(processor.IsControl(i) for i in range(n)):
       raise CheckpointError('the sentencepiece model is not <unk>, 256 byte pieces and text pieces: train it with this package')
-    if any(self.decode(self.encode(probe)) != probe for probe in _PROBES):
+    if any(self.decode(self.encode(probe)) != probe for probe in PROBES):
       raise CheckpointError('the sentencepiece model changes text (normalisation or space rules): train it with this package')
 
   @classmethod
   def load(cls, path: str | Path) -> 'SentencePieceText':
     """Reads what `save` wrote. Raises CheckpointError for a missing or foreign file."""
-    try:
-      model = Path(path).read_bytes()
-    except OSError as error:
-      raise CheckpointError(f'cannot read the text tokenizer {path}: {error.strerror or error}') from error
+    model = read_file(path)
     try:
       return cls(model)
     except CheckpointError as error:
@@ -84,13 +81,7 @@ class SentencePieceText:
 
   def save(self, path: str | Path) -> None:
     """Writes the model as one file; an interrupted write leaves no file of that name."""
-    path = Path(path)
-    aside = path.with_name(f'{path.name}.{os.getpid()}.part')
-    try:
-      aside.write_bytes(self._model)
-      os.replace(aside, path)
-    finally:
-      aside.unlink(missing_ok=True)
+    write_file(path, self._model)
 
   @property
   def n_pieces(self) -> int:
@@ -99,9 +90,9 @@ class SentencePieceText:
 
   def encode(self, text: str) -> list[int]:
     """Pieces of a text, [] for the empty string. Raises DataError for a string that is not Unicode text."""
-    _check_unicode(text)
+    check_unicode(text)
     pieces: list[int] = []
-    for i, part in enumerate(text.split(_SPACE_SIGN)):
+    for i, part in enumerate(text.split(SPACE_SIGN)):
       pieces += _SPACE_SIGN_PIECES if i else []
       pieces += [int(piece) - 1 for piece in self._processor.EncodeAsIds(part)]
     return pieces
@@ -116,7 +107,11 @@ class SentencePieceText:
 
   def piece(self, index: int) -> str:
     """How a piece is written, spaces as spaces and bytes as `<0x41>`: for tables and tests."""
-    return self._processor.IdToPiece(index + 1).replace(_SPACE_SIGN, ' ')
+    return self._processor.IdToPiece(index + 1).replace(SPACE_SIGN, ' ')
+
+  def score(self, index: int) -> float:
+    """Rank of a piece: of all pairs that could be joined, encoding joins the one whose piece has the highest score."""
+    return float(self._processor.GetScore(index + 1))
 
   def __eq__(self, other: object) -> bool:
     return isinstance(other, SentencePieceText) and self._model == other._model
@@ -136,7 +131,27 @@ def _one_line(error: Exception) -> str:
   return re.sub(r'^[A-Z]+: src/\S+ ', '', ' '.join(str(error).split()))
 
 
-def _check_unicode(text: str) -> None:
+def read_file(path: str | Path) -> bytes:
+  """The bytes of a text tokenizer's file. Raises CheckpointError where it cannot be read."""
+  try:
+    return Path(path).read_bytes()
+  except (OSError, ValueError) as error:  # ValueError: a path with a null character
+    raise CheckpointError(f'cannot read the text tokenizer {path}: {getattr(error, "strerror", None) or error}') from error
+
+
+def write_file(path: str | Path, content: bytes) -> None:
+  """Writes one file; an interrupted write leaves no file of that name."""
+  path = Path(path)
+  aside = path.with_name(f'{path.name}.{os.getpid()}.part')
+  try:
+    aside.write_bytes(content)
+    os.replace(aside, path)
+  finally:
+    aside.unlink(missing_ok=True)
+
+
+def check_unicode(text: str) -> None:
+  """Raises DataError for a string with a lone surrogate, which no encoding can write."""
   try:
     text.encode('utf-8')
   except UnicodeEncodeError as error:
@@ -147,7 +162,7 @@ def _check_unicode(text: str) -> None:
 def _sentences(texts: Iterable[str]) -> Iterator[str]:
   """Texts cut to lengths that the trainer takes; empty ones left out."""
   for text in texts:
-    _check_unicode(text)
+    check_unicode(text)
     for start in range(0, len(text), _MAX_SENTENCE):
       yield text[start : start + _MAX_SENTENCE]
 
@@ -208,7 +223,7 @@ def train_text_tokenizer(
         bos_id=-1,
         eos_id=-1,
         pad_id=-1,
-        required_chars=_SPACE_SIGN,  # without a piece of its own a space would go as the bytes of this character
+        required_chars=SPACE_SIGN,  # without a piece of its own a space would go as the bytes of this character
         max_sentence_length=4 * _MAX_SENTENCE,
         minloglevel=2,
     )

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -30,6 +31,7 @@ from chameleon_jax.errors import CheckpointError
 
 FORMAT = 'chameleon_jax.checkpoint.1'  # marks our checkpoints, so that a foreign one is told apart
 
+_BYTES_AT_ONCE = 1 << 27  # of a tree read into host memory
 _STATE, _ITERATOR, _CONFIG = 'state', 'iterator', 'config'
 
 
@@ -203,10 +205,11 @@ class Checkpoints:
       raise CheckpointError(f'{doing} in {self.directory} failed: {_one_line(error)}') from error
 
 
-def save_tree(path: str | os.PathLike, tree: PyTree) -> None:
+def save_tree(path: str | os.PathLike, tree: PyTree, *, compress: bool = True) -> None:
   """Writes a tree of arrays as the directory `path`, replacing it.
 
-  The tree is written beside `path` and moved into place, so `path` is always the old tree or the new one.
+  The tree is written beside `path` and moved into place, so `path` is always the old tree or the new one. Orbax holds one copy of it in
+  memory, and the compressed form as well; without `compress` the directory is a fifth larger for bfloat16, and written twice as fast.
 
   Raises:
     CheckpointError: it cannot be written; what was at `path` is still there.
@@ -217,7 +220,7 @@ def save_tree(path: str | os.PathLike, tree: PyTree) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in (aside, old):
       shutil.rmtree(leftover, ignore_errors=True)
-    with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
+    with _quiet_orbax(), _tree_checkpointer(use_compression=compress) as checkpointer:
       checkpointer.save(aside / 'tree', tree)
     if jax.process_index() == 0:
       (aside / 'tree' / 'commit_success.txt').unlink(missing_ok=True)  # names the folder it was written in; the rename below is our commit
@@ -252,7 +255,10 @@ def load_tree(path: str | os.PathLike, abstract: PyTree = None) -> PyTree:
       metadata = _metadata(checkpointer, path)
       if abstract is None:
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-        return checkpointer.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
+        # Else all arrays are read at once, with buffers of the file system for each.
+        largest = max((leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(metadata)), default=0)
+        with _tree_checkpointer(restore_concurrent_gb=max(largest, _BYTES_AT_ONCE) / 1e9 + 0.001) as bounded:
+          return bounded.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
       _check_same_shapes(f'the parameters at {path}', metadata, abstract)
       restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
       return checkpointer.restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
@@ -260,6 +266,28 @@ def load_tree(path: str | os.PathLike, abstract: PyTree = None) -> PyTree:
     raise
   except Exception as error:
     raise CheckpointError(f'cannot read the parameters at {path}: {_one_line(error)}') from error
+
+
+def describe_tree(path: str | os.PathLike) -> PyTree:
+  """Shapes and types of what `save_tree` wrote, as a tree of `jax.ShapeDtypeStruct`; reads no array.
+
+  Raises:
+    CheckpointError: missing or damaged.
+  """
+  path = Path(path).absolute()
+  if not path.is_dir():
+    raise CheckpointError(f'no saved parameters at {path}')
+  try:
+    with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
+      return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), _metadata(checkpointer, path))
+  except CheckpointError:
+    raise
+  except Exception as error:
+    raise CheckpointError(f'cannot read the parameters at {path}: {_one_line(error)}') from error
+
+
+def _tree_checkpointer(**options: Any) -> ocp.Checkpointer:
+  return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options))
 
 
 def _metadata(checkpointer: ocp.PyTreeCheckpointer, path: Path) -> PyTree:

@@ -28,10 +28,10 @@ from chameleon_jax.config import TrainConfig
 from chameleon_jax.data.encode import make_encoder, world_pictures
 from chameleon_jax.data.pipeline import dropped_documents, make_batches, to_devices, validation_batches
 from chameleon_jax.errors import ChameleonError, ConfigError
-from chameleon_jax.interop.native import ModelParts, check_fit, load_model, save_model
+from chameleon_jax.interop.native import ModelParts, check_fit, make_vocabulary, save_model
+from chameleon_jax.interop.opening import load_for_training, load_tokenizers
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.partitioning import make_mesh
-from chameleon_jax.tokens.vocabulary import Vocabulary
 from chameleon_jax.training.checkpoint import Checkpoints, resolved
 from chameleon_jax.training.losses import LossSums
 from chameleon_jax.training.metrics import MetricsWriter, StepLog
@@ -109,7 +109,8 @@ class _Run:
 
   def _data_options(self) -> dict[str, Any]:
     names = [name for stage in self.config.data.stages for name, _ in stage.weights]
-    options: dict[str, Any] = {'vocabulary': Vocabulary(self.config.vocabulary), 'text_tokenizer': self.parts.text_tokenizer}
+    vocabulary = make_vocabulary(self.config.vocabulary, self.parts.text_tokenizer)
+    options: dict[str, Any] = {'vocabulary': vocabulary, 'text_tokenizer': self.parts.text_tokenizer}
     if self.parts.vqgan_config is not None:
       options['encode_images'] = make_encoder(self.parts.vqgan_config, self.parts.vqgan_params)
       pictures = world_pictures(names)
@@ -241,19 +242,19 @@ def _tokenizers(config: TrainConfig, given: ModelParts | None) -> ModelParts:
 
 def _merged(folders: str) -> ModelParts:
   """The tokenizers of one folder, or of several separated by commas: each part from the first that has it."""
-  found = [load_model(folder.strip()) for folder in folders.split(',')]
+  found = [load_tokenizers(folder.strip()) for folder in folders.split(',')]
   images = next((parts for parts in found if parts.vqgan_config is not None), ModelParts())
   texts = next((parts for parts in found if parts.text_tokenizer is not None), ModelParts())
   return ModelParts(vqgan_config=images.vqgan_config, vqgan_params=images.vqgan_params, text_tokenizer=texts.text_tokenizer)
 
 
 def _initial_params(config: TrainConfig) -> Any:
-  parts = load_model(str(config.init_from))
+  parts = load_for_training(str(config.init_from), scan_layers=config.model.scan_layers)
   if parts.transformer_config is None:
     raise ConfigError(f'config.init_from: {config.init_from} holds no transformer')
   if parts.vocabulary is not None and parts.vocabulary != config.vocabulary:
     raise ConfigError(f'config.init_from: {config.init_from} has another vocabulary, {parts.vocabulary}, than config.vocabulary')
-  for name in ('norm_position', 'norm_eps', 'qk_norm', 'qk_norm_eps', 'rope_theta', 'scan_layers'):
+  for name in ('norm_position', 'norm_eps', 'qk_norm', 'qk_norm_eps', 'rope_theta'):
     theirs, ours = getattr(parts.transformer_config, name), getattr(config.model, name)
     if theirs != ours:
       raise ConfigError(f'config.init_from: {config.init_from} was trained with {name} {theirs!r}, config.model.{name} is {ours!r}')

@@ -1,6 +1,8 @@
 """Model folders: what is written is read back, and what cannot be read says why."""
 
+import dataclasses
 import json
+import pathlib
 
 import flax.linen as nn
 import jax
@@ -11,6 +13,11 @@ from chameleon_jax import presets
 from chameleon_jax.config import VocabularyConfig
 from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop import native
+from chameleon_jax.models.transformer.model import stack_layers, unstack_layers
+from chameleon_jax.tokens.text_json import JsonText
+from chameleon_jax.training.checkpoint import load_tree, save_tree
+
+TOKENIZER = pathlib.Path(__file__).parents[1] / 'golden' / 'tokenizer' / 'text_tokenizer.json'
 
 
 def _random_like(boxed):
@@ -119,3 +126,81 @@ def test_parts_that_disagree_are_refused(parts):
         native.ModelParts(vqgan_config=parts.vqgan_config, vocabulary=VocabularyConfig(size=128, n_codes=16, n_sentinels=0, n_reserved=2)),
         where='here',
     )
+
+
+def write_version_1(folder, parts):
+  """What this package wrote before layers lay by themselves."""
+  save_tree(folder / 'transformer', parts.transformer_params)
+  save_tree(folder / 'image_tokenizer', parts.vqgan_params)
+  names = {'transformer': parts.transformer_config, 'vqgan': parts.vqgan_config, 'vocabulary': parts.vocabulary}
+  config = {'format': 'chameleon_jax', 'version': 1} | {name: dataclasses.asdict(part) for name, part in names.items()}
+  (folder / 'config.json').write_text(json.dumps(config))
+
+
+def unstacked(parts):
+  """The same model with a layer's arrays apart."""
+  config = dataclasses.replace(parts.transformer_config, scan_layers=False)
+  return dataclasses.replace(parts, transformer_config=config, transformer_params=unstack_layers(parts.transformer_params))
+
+
+@pytest.mark.parametrize('form', [lambda parts: parts, unstacked])
+def test_version_1_still_loads(parts, tmp_path, form):
+  write_version_1(tmp_path / 'old', form(parts))
+  loaded = native.load_model(tmp_path / 'old')
+  assert loaded.transformer_config == form(parts).transformer_config
+  for name in ('transformer_params', 'vqgan_params'):
+    jax.tree.map(np.testing.assert_array_equal, getattr(form(parts), name), getattr(loaded, name))
+
+
+def test_a_layer_is_a_tree_of_its_own_whether_layers_are_stacked_or_not(parts, folder, tmp_path):
+  native.save_model(tmp_path / 'apart', unstacked(parts))
+  groups = ['embedding', 'final_norm', 'layers_0', 'layers_1', 'lm_head']
+  for written in (folder, tmp_path / 'apart'):
+    assert sorted(path.name for path in (written / 'transformer').iterdir()) == groups
+    layer = load_tree(written / 'transformer' / 'layers_1')
+    expected = parts.transformer_params['layers']['attention']['q_proj'][1]
+    np.testing.assert_array_equal(layer['layers_1']['attention']['q_proj'], expected)
+  assert native.load_model(folder).transformer_config.scan_layers
+  loaded = native.load_model(tmp_path / 'apart')
+  jax.tree.map(np.testing.assert_array_equal, stack_layers(loaded.transformer_params), parts.transformer_params)
+
+
+def test_a_changed_weight_is_refused(parts, folder):
+  path = max((folder / 'transformer' / 'lm_head').rglob('*'), key=lambda path: path.stat().st_size if path.is_file() else -1)
+  content = bytearray(path.read_bytes())
+  content[len(content) // 2] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(CheckpointError, match='lm_head.* is damaged: its checksum differs'):
+    native.load_model(folder)
+
+
+def test_groups_that_do_not_belong_are_named(parts, folder):
+  (folder / 'checksums.json').unlink()  # which would tell first that the files differ
+  (folder / 'transformer' / 'layers_1').rename(folder / 'transformer' / 'layers_2')
+  with pytest.raises(CheckpointError, match='unknown parameter layers_2'):
+    native.load_model(folder)
+  (folder / 'transformer' / 'layers_2').rename(folder / 'layers_2')
+  with pytest.raises(CheckpointError, match='no saved parameters at .*layers_1'):
+    native.load_model(folder)
+
+
+def test_an_image_tokenizer_may_lack_its_decoder_but_not_a_part_of_it(parts, tmp_path):
+  encoder = {name: value for name, value in parts.vqgan_params.items() if name != 'decoder'}
+  native.save_model(tmp_path / 'half', dataclasses.replace(parts, vqgan_params=encoder))
+  loaded = native.load_model(tmp_path / 'half')
+  jax.tree.map(np.testing.assert_array_equal, loaded.vqgan_params, encoder)
+  decoder = {name: value for name, value in parts.vqgan_params['decoder'].items() if name != 'conv_in'}
+  native.save_model(tmp_path / 'torn', dataclasses.replace(parts, vqgan_params=encoder | {'decoder': decoder}))
+  with pytest.raises(CheckpointError, match='lacks parameter decoder/conv_in/bias'):
+    native.load_model(tmp_path / 'torn')
+
+
+def test_the_released_text_tokenizer_is_kept_in_its_own_form(tmp_path):
+  text = JsonText.load(TOKENIZER)
+  native.save_model(tmp_path / 'text', native.ModelParts(vocabulary=text.vocabulary_config, text_tokenizer=text))
+  loaded = native.load_model(tmp_path / 'text')
+  assert isinstance(loaded.text_tokenizer, JsonText) and loaded.text_tokenizer.to_json() == text.to_json()
+  table = native.make_vocabulary(loaded.vocabulary, loaded.text_tokenizer)
+  assert table.names == text.names
+  with pytest.raises(CheckpointError, match='the text tokenizer has the token table'):
+    native.make_vocabulary(VocabularyConfig(size=373, n_codes=12, n_sentinels=2, n_reserved=3), text)

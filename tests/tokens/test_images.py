@@ -1,6 +1,7 @@
 """Decoding and preprocessing against plain numpy and the numbers of spec model.md section 7."""
 
 import io
+import pathlib
 import struct
 import zlib
 
@@ -8,8 +9,18 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from chameleon_jax.errors import ImageError
+from chameleon_jax.errors import ConfigError, ImageError
 from chameleon_jax.tokens.images import load_image, png_bytes, preprocess, save_png, to_float, to_uint8
+from tests.golden import make_preprocessing
+
+GOLDEN = pathlib.Path(__file__).parent.parent / 'golden' / 'preprocessing.npz'
+NAMES = sorted(make_preprocessing.pictures())
+
+
+@pytest.fixture(scope='module')
+def golden():
+  with np.load(GOLDEN) as stored:
+    return dict(stored)
 
 
 def encoded(image, file_format='PNG', **options):
@@ -242,6 +253,101 @@ def test_right_size_is_left_alone():
 def test_pictures_that_cannot_be_resized(picture, message):
   with pytest.raises(ImageError, match=message):
     preprocess(picture, 512)
+
+
+# ----------------------------------------------------------------------------------------- conventions
+
+
+def meta_by_the_text(file, size):
+  """Spec model.md 7.1, step by step, in plain PIL and floats."""
+  image = PIL.Image.open(io.BytesIO(file))
+  if image.mode != 'RGB':
+    rgba = image.convert('RGBA')
+    if min(rgba.getchannel('A').tobytes()) == 255:
+      image = rgba.convert('RGB')
+    else:
+      values = np.array(rgba)
+      image = PIL.Image.fromarray(blended(values[..., :3], values[..., 3]))
+  width, height = image.size
+  scale = size / min(width, height)
+  image = image.resize((round(scale * width), round(scale * height)), PIL.Image.Resampling.LANCZOS)
+  left, top = (image.width - size) // 2, (image.height - size) // 2
+  pixels = np.array(image.crop((left, top, left + size, top + size)))
+  return pixels, np.array([v / 255 * 2 - 1 for v in pixels.reshape(-1).tolist()]).astype(np.float32).reshape(pixels.shape)
+
+
+@pytest.mark.parametrize('name', [name for name in NAMES if name != 'gray_16_bit'])  # of which we keep more than PIL does: above
+def test_meta_follows_the_text_of_the_spec(golden, name):
+  file = golden[f'file/{name}'].tobytes()
+  pixels, floats = meta_by_the_text(file, 16)
+  ours = preprocess(load_image(file), 16)
+  np.testing.assert_array_equal(ours, pixels)
+  np.testing.assert_array_equal(to_float(ours), floats)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_huggingface_equals_the_stored_values(golden, name):
+  loaded = load_image(golden[f'file/{name}'].tobytes(), convention='huggingface')
+  np.testing.assert_array_equal(preprocess(loaded, 16, convention='huggingface'), golden[f'pixels/{name}'])
+
+
+def test_huggingface_levels(golden):
+  levels = np.arange(256, dtype=np.uint8)[:, None].repeat(3, 1)
+  floats = to_float(levels, 'huggingface')
+  assert floats.dtype == np.float32
+  np.testing.assert_array_equal(floats, golden['levels'][:, None].repeat(3, 1))
+  assert floats[0, 0] == -1
+  assert floats.max() == np.float32(0.0078 * 255) - 1
+  assert np.abs(floats - to_float(levels)).max() == pytest.approx(0.011, abs=1e-5), 'spec model.md 7.2'
+
+
+def test_the_stored_values_tell_the_conventions_apart(golden):
+  """Else the tests above would say little: long sides and transparency differ, square opaque pictures do not."""
+  same = []
+  for name in NAMES:
+    file = golden[f'file/{name}'].tobytes()
+    meta = preprocess(load_image(file), 16)
+    if np.array_equal(meta, golden[f'pixels/{name}']):
+      same.append(name)
+  assert same == ['half', 'one_pixel', 'right_size', 'square', 'thin']
+  blended_by = [load_image(golden['file/rgba'].tobytes(), convention=convention) for convention in ('meta', 'huggingface')]
+  assert np.abs(np.subtract(*blended_by, dtype=int)).max() == 1
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_huggingface_equals_transformers(golden, name):
+  pytest.importorskip('transformers.models.chameleon.image_processing_pil_chameleon')
+  file = golden[f'file/{name}'].tobytes()
+  np.testing.assert_array_equal(golden[f'pixels/{name}'], make_preprocessing.huggingface_pixels(file), 'made anew')
+  for size in (16, 33):
+    ours = to_float(preprocess(load_image(file, convention='huggingface'), size, convention='huggingface'), 'huggingface')
+    np.testing.assert_array_equal(ours, make_preprocessing.huggingface_floats(file, size))
+
+
+@pytest.mark.parametrize('shape', [(480, 640), (777, 333), (767, 1023), (1000, 511), (200, 300)])
+def test_huggingface_equals_transformers_at_full_size(shape):
+  pytest.importorskip('transformers.models.chameleon.image_processing_pil_chameleon')
+  pixels = noise(*shape, 3)
+  ours = preprocess(pixels, 512, convention='huggingface')
+  np.testing.assert_array_equal(ours, make_preprocessing.huggingface_pixels(encoded(PIL.Image.fromarray(pixels)), 512))
+
+
+@pytest.mark.parametrize(
+  ('width', 'height', 'new_width', 'new_height'),
+  [(640, 480, 682, 512), (480, 640, 512, 682), (333, 777, 512, 1194), (1023, 767, 682, 512), (300, 200, 768, 512)],
+)
+def test_huggingface_cuts_the_long_side_off(width, height, new_width, new_height):
+  pixels = noise(height, width, 3)
+  resized = np.asarray(PIL.Image.fromarray(pixels).resize((new_width, new_height), PIL.Image.Resampling.LANCZOS))
+  x, y = (new_width - 512) // 2, (new_height - 512) // 2
+  np.testing.assert_array_equal(preprocess(pixels, 512, convention='huggingface'), resized[y : y + 512, x : x + 512])
+
+
+def test_huggingface_has_no_pad():
+  with pytest.raises(ConfigError, match="the 'huggingface' preprocessing only crops"):
+    preprocess(noise(4, 5, 3), 4, fit='pad', convention='huggingface')
+  with pytest.raises(ImageError, match='too long and thin'):
+    preprocess(np.zeros((1, 1_000_000, 3), np.uint8), 512, convention='huggingface')
 
 
 # ------------------------------------------------------------------------------------- numbers and files

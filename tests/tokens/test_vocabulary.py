@@ -2,14 +2,15 @@
 
 import dataclasses
 import doctest
+import pickle
 
 import numpy as np
 import pytest
 
 from chameleon_jax.config import VocabularyConfig
-from chameleon_jax.errors import DataError
+from chameleon_jax.errors import CheckpointError, DataError
 from chameleon_jax.tokens import vocabulary as module
-from chameleon_jax.tokens.vocabulary import Vocabulary, image_token_name, parse_image_token_name
+from chameleon_jax.tokens.vocabulary import Vocabulary, config_of_names, image_token_name, parse_image_token_name
 
 
 @pytest.fixture(scope='module')
@@ -130,6 +131,84 @@ def test_it_is_a_value(vocabulary):
     same.config = VocabularyConfig()
   with pytest.raises(ValueError, match='read-only'):
     same.is_text[0] = True
+
+
+def swapped(vocabulary, first, second):
+  names = list(vocabulary.names)
+  names[first], names[second] = names[second], names[first]
+  return tuple(names)
+
+
+def test_names_of_the_layout_change_nothing(vocabulary):
+  same = Vocabulary(vocabulary.config, names=vocabulary.names, barred_text=())
+  assert same == vocabulary
+  assert hash(same) == hash(vocabulary)
+  assert repr(same) == repr(vocabulary) == f'Vocabulary(config={vocabulary.config!r})'
+  copy = pickle.loads(pickle.dumps(vocabulary))
+  assert (copy, copy.end_turn, copy.names) == (vocabulary, vocabulary.end_turn, vocabulary.names)
+  assert not vocabulary.is_barred.any()
+
+
+def test_tokens_are_found_by_name(vocabulary):
+  other = Vocabulary(vocabulary.config, names=swapped(vocabulary, 4, 15))
+  assert other != vocabulary
+  assert other.codes_to_tokens(np.array([0, 1, 11])).tolist() == [15, 5, 4]
+  assert other.tokens_to_codes(np.array([4, 5, 15])).tolist() == [11, 1, 0]
+  assert other.image_start == 15
+  assert other.name(4) == 'IMGIMGBBZ'
+  np.testing.assert_array_equal(other.is_image, vocabulary.is_image)
+  assert Vocabulary(vocabulary.config, names=swapped(vocabulary, 2, 17)).end_sequence == 17
+  assert Vocabulary(vocabulary.config, names=swapped(vocabulary, 20, 21)).end_turn == 21, 'the lowest number, not the first place'
+  assert pickle.loads(pickle.dumps(other)) == other
+
+
+def test_barred_text_stays_text(vocabulary):
+  barred = Vocabulary(vocabulary.config, barred_text=(30, 23, 30))
+  assert barred.barred_text == (23, 30)
+  assert np.flatnonzero(barred.is_barred).tolist() == [23, 30]
+  np.testing.assert_array_equal(barred.is_text, vocabulary.is_text)
+  assert barred != vocabulary
+  assert barred == Vocabulary(vocabulary.config, barred_text=(23, 30))
+  with pytest.raises(ValueError, match='read-only'):
+    barred.is_barred[0] = True
+  for token in (22, 373, -1):
+    with pytest.raises(CheckpointError, match=rf'barred token {token} is no text token \(these are 23 to 372\)'):
+      Vocabulary(vocabulary.config, barred_text=(token,))
+
+
+def test_layout_of_names(vocabulary, released):
+  for table in (vocabulary, released):
+    assert config_of_names(table.names, table.size) == table.config
+    assert config_of_names(table.names[::-1], table.size) == table.config
+  assert config_of_names([*vocabulary.names, '<mask>'], 373).n_reserved == 4, 'what is not known by name counts as reserved'
+
+
+@pytest.mark.parametrize(
+  ('place', 'name', 'message'),
+  [
+    (0, '<x>', "'<s>' is missing"),
+    (17, '<eoss>', "tokens 16 and 17 have the same name '<eoss>'"),
+    (9, 'IMGIMGAFZ', r"'IMGIMGAFZ' \(token 9\) spells no code"),
+    (9, 'IMGIMGCAZ', r"'IMGIMGFZ' \(code 5\) is missing, though 'IMGIMGCAZ' is there"),
+    (9, '<x>', r"'IMGIMGFZ' \(code 5\) is missing, though 'IMGIMGBBZ' is there"),
+    (15, '<x>', 'are those of VocabularyConfig'),
+    (18, '<x>', 'are those of VocabularyConfig'),
+  ],
+)
+def test_names_of_another_table(vocabulary, place, name, message):
+  names = list(vocabulary.names)
+  names[place] = name
+  with pytest.raises(CheckpointError, match=message):
+    Vocabulary(vocabulary.config, names=tuple(names))
+
+
+def test_names_need_room_for_text(vocabulary):
+  with pytest.raises(CheckpointError, match='no usable layout: vocabulary of 23 leaves no room for text'):
+    config_of_names(vocabulary.names, 23)
+  with pytest.raises(CheckpointError, match='no usable layout: .*n_codes must be positive'):
+    config_of_names([name for name in vocabulary.names if not name.startswith('IMG')], 373)
+  with pytest.raises(CheckpointError, match='no reserved token'):
+    config_of_names([name for name in vocabulary.names if not name.startswith('<reserved')], 373)
 
 
 def test_docstring_examples():

@@ -18,7 +18,9 @@ from chameleon_jax.config import MeshConfig, OptimizerConfig, TransformerConfig
 from chameleon_jax.data.sources import source as registry
 from chameleon_jax.errors import CheckpointError, ConfigError
 from chameleon_jax.interop.native import ModelParts, abstract_vqgan, load_model, save_model
+from chameleon_jax.interop.opening import open_checkpoint
 from chameleon_jax.tokens.document import Document, Image, Text
+from chameleon_jax.tokens.text_json import JsonText
 from chameleon_jax.training import loop
 from chameleon_jax.training.checkpoint import Checkpoints
 from chameleon_jax.training.loop import NonFiniteLossError, train
@@ -195,6 +197,23 @@ def test_the_start_must_be_the_same_kind_of_model(tokenizers, tmp_path):
       (dataclasses.replace(parts, vocabulary=dataclasses.replace(tiny_run.VOCABULARY, n_codes=16)), 'another vocabulary'),
   ):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(loop, 'load_model', lambda path, given=given: given)
+      patch.setattr(loop, 'load_for_training', lambda path, scan_layers, given=given: given)
       with pytest.raises(ConfigError, match=message):
         train(dataclasses.replace(config, init_from='theirs'), tmp_path / 'run', tokenizers=tokenizers)
+
+
+def test_a_run_starts_from_weights_of_the_release(tmp_path):
+  """Tokenizers and weights come from the folder as it is; its layers are stacked as the run has them."""
+  folder = pathlib.Path(__file__).parents[1] / 'golden' / 'models' / 'meta_7b_like'
+  with open_checkpoint(folder) as release:
+    model = dataclasses.replace(release.transformer_config, scan_layers=True, max_seq_len=64)
+    embedding = release.transformer.read('embedding')
+    gate = release.transformer.read('layers_1/feed_forward/gate_proj')
+    vocabulary = release.vocabulary
+  optimizer = OptimizerConfig(learning_rate=1e-6, warmup_steps=0, schedule='constant')
+  config = tiny_run.config(model=model, vocabulary=vocabulary, init_from=str(folder), optimizer=optimizer)
+  state = train(config, tmp_path / 'run', stop_after=1)
+  np.testing.assert_allclose(state.params['embedding'], embedding, atol=1e-5)
+  np.testing.assert_allclose(state.params['layers']['feed_forward']['gate_proj'][1], gate, atol=1e-5)
+  written = load_model(tmp_path / 'run' / 'model')
+  assert isinstance(written.text_tokenizer, JsonText) and written.vqgan_config.n_codes == vocabulary.n_codes

@@ -1,0 +1,146 @@
+"""Folders that appear whole or not at all: written beside their place under a dot name, then renamed.
+
+    runs/.model.writing-4711    being written by process 4711, which holds a lock on it
+    runs/.model.old-4711        the folder it replaces, for the moment between two renames
+
+An error, Ctrl-C or a signal turned into an exception removes the first and keeps the old folder. A process killed outright
+leaves its dot folder behind; the next writing of the same place removes it, or moves the old folder back where that is all
+that is left. Does not know what is in the folders.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from chameleon_jax.errors import CheckpointError
+
+
+@contextlib.contextmanager
+def staged(target: Path) -> Iterator[Path]:
+  """An empty folder that takes the place of `target` when the block ends without an error.
+
+  A folder at `target` is replaced; whether it may be is for the caller to decide. Replacing takes two renames; a process
+  killed between them leaves the old folder under its dot name, see above.
+
+  Args:
+    target: absolute path; parents that are missing are made, and removed again after an error.
+
+  Raises:
+    CheckpointError: another process is writing the same folder.
+    OSError: from the file system.
+  """
+  aside, old = (target.with_name(f'.{target.name}.{state}-{os.getpid()}') for state in ('writing', 'old'))
+  made = _make_parents(target.parent)
+  lock = -1
+  try:
+    clear_leftovers(target)
+    aside.mkdir()
+    lock = os.open(aside, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    yield aside
+    try:
+      if target.exists():
+        target.rename(old)
+      aside.rename(target)
+    except BaseException:
+      if old.exists() and not target.exists():
+        old.rename(target)
+      raise
+    remove_tree(old)
+  except BaseException:
+    if lock >= 0:  # else the folder of that name is not ours
+      remove_tree(aside)
+    if target.exists():
+      remove_tree(old)
+    for parent in made:
+      with contextlib.suppress(OSError):
+        parent.rmdir()
+    raise
+  finally:
+    if lock >= 0:
+      os.close(lock)
+
+
+def clear_leftovers(target: Path) -> None:
+  """Removes what killed processes left beside `target`; a replaced folder whose successor never came is moved back.
+
+  Raises:
+    CheckpointError: a living process is writing `target`.
+    OSError: from the file system.
+  """
+  beside = sorted(target.parent.iterdir()) if target.parent.is_dir() else []
+  for folder in beside:
+    if folder.name.startswith(f'.{target.name}.writing-') and folder.is_dir():
+      if _is_locked(folder):
+        raise CheckpointError(f'{target} is being written by another process (into {folder}); wait for it, or end it')
+      remove_tree(folder)
+  for folder in beside:
+    if folder.name.startswith(f'.{target.name}.old-') and folder.is_dir():
+      if target.exists():
+        remove_tree(folder)
+      else:
+        folder.rename(target)
+
+
+def remove_tree(folder: Path) -> None:
+  """Removes a folder as far as the file system allows, also while threads of an interrupted save still write into it."""
+  for attempt in range(20):
+    shutil.rmtree(folder, ignore_errors=True)
+    if not folder.exists():
+      return
+    time.sleep(0.01 * attempt)
+
+
+@contextlib.contextmanager
+def signals_as_exceptions() -> Iterator[None]:
+  """Turns SIGTERM and SIGHUP into `SystemExit` inside the block, so that clean-up runs; exit codes are those of a shell (143, 129).
+
+  Only in the main thread, and only where nobody else handles the signal.
+  """
+
+  def stop(number: int, frame: FrameType | None) -> None:
+    del frame
+    raise SystemExit(128 + number)
+
+  mine = []
+  if threading.current_thread() is threading.main_thread():
+    mine = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+  for number in mine:
+    signal.signal(number, stop)
+  try:
+    yield
+  finally:
+    for number in mine:
+      signal.signal(number, signal.SIG_DFL)
+
+
+def _make_parents(folder: Path) -> list[Path]:
+  """Makes the folder and those above it; returns the new ones, innermost first."""
+  missing = []
+  while not folder.exists():
+    missing.append(folder)
+    folder = folder.parent
+  for parent in reversed(missing):
+    parent.mkdir(exist_ok=True)
+  return missing
+
+
+def _is_locked(folder: Path) -> bool:
+  try:
+    descriptor = os.open(folder, os.O_RDONLY)
+  except OSError:  # gone since it was listed
+    return False
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except OSError:
+    return True
+  finally:
+    os.close(descriptor)
+  return False

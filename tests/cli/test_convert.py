@@ -1,0 +1,115 @@
+"""`chameleon convert` and `tools/convert_checkpoint.py`: what they print, write and refuse."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from chameleon_jax.cli import convert as command
+from chameleon_jax.cli.main import main
+from chameleon_jax.interop.convert import Progress
+from chameleon_jax.interop.opening import detect_format, open_checkpoint
+from chameleon_jax.tokens.text_json import JsonText
+
+ROOT = pathlib.Path(__file__).parents[2]
+GOLDEN = ROOT / 'tests' / 'golden'
+PORT = GOLDEN / 'models' / 'hf_7b_like'
+
+
+def test_weights_of_the_port_become_ours(tmp_path, capsys):
+  assert main(['convert', f'--source={PORT}', f'--target={tmp_path / "ours"}', '--target_format=orbax', '--dtype=bfloat16']) == 0
+  captured = capsys.readouterr()
+  note, last = captured.out.splitlines()
+  assert note == 'note: the image tokenizer has no decoder: pictures can be read, not drawn'
+  assert last.startswith(f'wrote {tmp_path / "ours"}: orbax, 100 tensors, ') and last.endswith('read back and compared')
+  assert captured.err == '', 'no progress where stderr is no terminal'
+  with open_checkpoint(tmp_path / 'ours') as model:
+    assert model.transformer_config.param_dtype == 'bfloat16'
+
+
+def test_every_flag_reaches_the_converter(tmp_path, monkeypatch, capsys):
+  from chameleon_jax.interop import convert as converter
+
+  seen = {}
+
+  def convert(*arguments, **options):
+    seen.update(options, arguments=arguments)
+    return converter.ConversionReport('a', 'meta', 'b', 'meta', 1, 2, False, ())
+
+  monkeypatch.setattr(converter, 'convert', convert)
+  flags = ['--tokenizer=t', '--n_shards=4', '--dtype=float16', '--nodecoder', '--overwrite', '--noverify']
+  assert main(['convert', '--source=a', '--target=b', '--target_format=meta', *flags]) == 0
+  assert seen.pop('arguments') == (pathlib.Path('a'), 'b', 'meta')
+  assert seen == {
+      'tokenizer': 't',
+      'n_shards': 4,
+      'dtype': 'float16',
+      'decoder': False,
+      'overwrite': True,
+      'verify': False,
+      'on_progress': None,
+  }
+  assert capsys.readouterr().out == 'wrote b: meta, 1 tensors, 0.00 GB\n'
+
+
+def test_ours_is_exported_as_a_text_tokenizer(tiny_model_folder, tmp_path, capsys):
+  path = tmp_path / 'new' / 'text_tokenizer.json'
+  assert main(['convert', f'--source={tiny_model_folder}', f'--export_tokenizer={path}']) == 0
+  assert capsys.readouterr().out == f'wrote {path}\n'
+  with open_checkpoint(tiny_model_folder) as model:
+    text = JsonText.load(path)
+    assert text.vocabulary_config == model.vocabulary
+    assert text.encode('draw a red apple') == model.text_tokenizer.encode('draw a red apple')
+  assert main(['convert', f'--source={tiny_model_folder}', f'--export_tokenizer={path}']) == 1
+  assert 'exists; choose another name, or give --overwrite' in capsys.readouterr().err
+  port = tmp_path / 'tokenizer.json'
+  assert main(['convert', f'--source={tiny_model_folder}', f'--export_tokenizer={port}', '--overwrite']) == 0
+  assert '<image>' in port.read_text() and '<image>' not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], '--source=DIR is needed'),
+        (['--source=x'], 'nothing to do: give --target=DIR and --target_format=FORMAT, or --export_tokenizer=FILE'),
+        (['--source=x', '--target=y'], '--target_format=orbax|meta|huggingface is needed as well'),
+        (['--source=x', '--target_format=meta'], '--target=DIR is needed as well'),
+        (['--source=x', '--target=y', '--target_format=orbax'], 'x does not exist'),
+        (['--source=x', '--target=y', '--target_format=orbax', 'z'], "unexpected argument 'z'"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys, arguments, message):
+  monkeypatch.chdir(tmp_path)
+  assert main(['convert', *arguments]) == 1
+  err = capsys.readouterr().err
+  assert message in err and err.count('\n') == 1
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_the_shipped_weights_have_a_name(tmp_path, capsys):
+  assert main(['convert', '--source=emoji', f'--export_tokenizer={tmp_path / "text_tokenizer.json"}']) == 0
+  assert JsonText.load(tmp_path / 'text_tokenizer.json').vocabulary_config.n_codes == 1024
+
+
+def test_the_progress_is_one_line(capsys):
+  line = command._ProgressLine()
+  for done in range(1, 1001):
+    line(Progress('writing', done, 1000, done * 10**6, 10**9))
+  line.end()
+  line.end()
+  err = capsys.readouterr().err
+  assert err.count('\n') == 1 and err.count('\r') < 20
+  assert err.endswith('writing: 1,000 / 1,000 tensors, 1.00 / 1.00 GB\n')
+
+
+def test_the_tool_is_the_same_function(tmp_path):
+  tool = [sys.executable, str(ROOT / 'tools' / 'convert_checkpoint.py')]
+  environment = os.environ | {'PYTHONPATH': str(ROOT)}
+  flags = [f'--source={PORT}', f'--target={tmp_path / "ours"}', '--target_format=orbax']
+  run = subprocess.run([*tool, *flags], capture_output=True, text=True, env=environment, check=False)
+  assert run.returncode == 0 and run.stdout.splitlines()[-1].startswith(f'wrote {tmp_path / "ours"}: orbax'), run.stderr
+  assert detect_format(tmp_path / 'ours') == 'orbax'
+  run = subprocess.run([*tool, *flags], capture_output=True, text=True, env=environment, check=False)
+  assert run.returncode == 1 and run.stderr.startswith('convert_checkpoint: ') and run.stderr.count('\n') == 1
