@@ -1,5 +1,6 @@
 """The experiment files of the transformer: they resolve, and hold the settings they claim."""
 
+import dataclasses
 import pathlib
 
 import pytest
@@ -15,7 +16,7 @@ def _config(name):
   return frozen(load_config_file(str(FOLDER / f'{name}.py')), TrainConfig)
 
 
-@pytest.mark.parametrize('name', ['emoji_pretrain', 'emoji_sft', 'chameleon_7b'])
+@pytest.mark.parametrize('name', ['emoji_pretrain', 'emoji_sft', 'emoji_sft_continued', 'chameleon_7b'])
 def test_every_source_is_known(name):
   config = _config(name)
   assert {source for stage in config.data.stages for source, _ in stage.weights} <= SOURCES.keys()
@@ -36,6 +37,10 @@ def test_fine_tuning_continues_the_pre_trained_model():
   assert sft.vocabulary == pretrain.vocabulary
   assert sft.model == pretrain.model
   assert sft.optimizer.learning_rate < pretrain.optimizer.learning_rate
+  continued = _config('emoji_sft_continued')
+  assert continued.vocabulary == sft.vocabulary
+  assert continued.model == dataclasses.replace(sft.model, dropout=0.0)
+  assert (continued.init_from, sft.init_from) == ('runs/emoji/sft/model', 'runs/emoji/pretrain/model')
 
 
 def test_the_tokenizers_use_the_same_vocabulary():
