@@ -1,13 +1,17 @@
 """Supervised fine-tuning on the emoji world, continued: three times as long, with clean pictures in the prompts.
 
-Claim:     the figures of emoji_sft.py were short of training, not of parameters: the same network goes from RESULTS.
+Claim:     the figures of emoji_sft.py were short of training, not of parameters: on held-out combinations the same network
+           goes from 23 to 69 % of drawings right, from 10 to 63 % of edits, from 49 to 74 % of exact names; on training pictures
+           it draws 99 % (36 before) and names 99 % (46).
 Source:    as emoji_sft.py. Departures from it: 5,000 steps; in each document the noise on pictures of the prompt is drawn up to 0.3
            (0.6 before), since edits and descriptions have to read them; more weight on describing and on documentation, less on edits and
            mixed conversations; no dropout, which also saves a sixth of the time (0.91 in place of 0.77 steps a second on a quiet machine).
 Data:      weights count documents. About 28 draws and 16 descriptions of each training picture, estimated from the weights.
 Size:      that of emoji_pretrain.py.
-Hardware:  two CPU cores with AMX: MINUTES minutes, shared with tests; 92 on a quiet machine.
-Watch:     VALIDATION
+Hardware:  two CPU cores with AMX: 111 minutes, shared with tests; 92 at the speed of a quiet machine.
+Watch:     training loss_image 1.9 at step 300, 1.6 at 1,000, 0.97 at 2,000, 0.63 at 2,900, 0.30 at the end (with noise); validation/loss_image
+           stands at 1.54 to 1.60 all the while (1.43 at the start) though the drawings get better: judge by the evaluation. At step 2,000 it
+           was draw 55 %, edit 40 %, describe 66 % on held-out combinations.
 Command:   chameleon train --config=experiments/emoji_sft_continued.py --workdir=runs/emoji/sft_continued
 Before:    emoji_sft.py, whose model folder is the start and holds the tokenizers.
 After:     chameleon evaluate --suite=emoji --model=runs/emoji/sft_continued/model

@@ -16,8 +16,10 @@ from typing import Literal
 import numpy as np
 
 from chameleon_jax.errors import CheckpointError
+from chameleon_jax.interop.dtypes import cast
 from chameleon_jax.interop.lazy import Format, LazyModel, TensorSource, TensorSpec
-from chameleon_jax.interop.native_lazy import cast, write_native
+from chameleon_jax.interop.meta_files import MODELS, TOKENIZER
+from chameleon_jax.interop.native_lazy import write_native
 from chameleon_jax.interop.notices import LICENCES, write_notices
 from chameleon_jax.interop.opening import detect_format, load_parts, open_checkpoint
 from chameleon_jax.interop.read_back import compare
@@ -29,7 +31,7 @@ FORMATS: tuple[Format, ...] = ('orbax', 'meta', 'huggingface')
 # What may lie in a folder that --overwrite removes: the files and folders of checkpoints, and what hubs put beside them.
 _PARTS = (
     *('*.json', '*.pth', '*.ckpt', '*.yaml', '*.chk', '*.safetensors', '*.bin', '*.model', '*.jinja'),
-    *('transformer', 'image_tokenizer', 'origin', 'models', 'tokenizer', *LICENCES, 'README*', '.git*', '.cache'),
+    *('transformer', 'image_tokenizer', 'origin', 'models', 'tokenizer', *LICENCES, 'README*', '.gitattributes', '.gitignore', '.cache'),
 )
 _SMALL_FILES = 64 << 20  # bytes set aside for tokenizers, configs and the gaps of the file system
 
@@ -154,6 +156,8 @@ def _writer(
 def _check_places(source: pathlib.Path, target: pathlib.Path, tokenizer: str | os.PathLike[str] | None, *, overwrite: bool) -> None:
   """Refuses to write over anything that is needed or that is no checkpoint."""
   inputs = [source] if tokenizer is None else [source, pathlib.Path(tokenizer)]
+  if detect_format(source) == 'meta':  # whose tokenizer is found by itself, and would go before it is read back
+    inputs += [folder / TOKENIZER for folder in source.parents[:2] if (folder / TOKENIZER).is_dir()]
   place = target.resolve()
   for given in inputs:
     if place == given.resolve():
@@ -166,11 +170,16 @@ def _check_places(source: pathlib.Path, target: pathlib.Path, tokenizer: str | o
     raise CheckpointError(f'{target} exists; choose another target, or give --overwrite to replace the checkpoint there')
   if not target.is_dir():
     raise CheckpointError(f'{target} is a file; choose another target')
-  names = sorted(path.name for path in target.iterdir())
-  foreign = [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _PARTS)]
-  if foreign:
-    raise CheckpointError(f'{target} holds {foreign[0]}, which is no part of a checkpoint, so it is not replaced; choose another target')
-  if names and detect_format(target) is None:
+  models = [path for path in target.glob(f'{MODELS}/*') if path.is_dir()]
+  if len(models) > 1:
+    raise CheckpointError(f'{target} holds {len(models)} models, so it is not replaced; choose another target')
+  for folder in (target, target / TOKENIZER, target / MODELS, *models):
+    found = sorted(path for path in folder.iterdir() if path not in models) if folder.is_dir() else []
+    for path in found:
+      if not any(fnmatch.fnmatchcase(path.name, pattern) for pattern in _PARTS):
+        name = path.relative_to(target)
+        raise CheckpointError(f'{target} holds {name}, which is no part of a checkpoint, so it is not replaced; choose another target')
+  if any(target.iterdir()) and detect_format(target) is None:
     raise CheckpointError(f'{target} is no checkpoint, so it is not replaced; choose another target')
 
 

@@ -24,8 +24,9 @@ from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop import huggingface_config, mapping
 from chameleon_jax.interop.huggingface_config import CONFIG, EXTRAS_PREFIX, TOKENIZERS, VQ_PREFIX
 from chameleon_jax.interop.huggingface_writer import write_huggingface
-from chameleon_jax.interop.lazy import LazyModel, Origin, TensorSource, TensorSpec
+from chameleon_jax.interop.lazy import NO_DECODER, NO_IMAGE_TOKENIZER, NO_TEXT, LazyModel, Origin, TensorSource, TensorSpec
 from chameleon_jax.interop.meta_files import CheckedPth
+from chameleon_jax.interop.meta_params import port_output_note
 from chameleon_jax.interop.pickle_reader import brief
 from chameleon_jax.interop.safetensors_file import open_safetensors
 from chameleon_jax.interop.shards import ShardedTensors, TensorFile, read_json
@@ -93,12 +94,13 @@ def open_huggingface(folder: pathlib.Path) -> LazyModel:
     transformer = {name: TensorSpec(shape, tensors.specs[rules[name].theirs].dtype) for name, shape in shapes.items()}
     vqgan = None
     if vqgan_config is None:
-      notes.append('the checkpoint has no image tokenizer: it reads and draws no pictures unless one is added')
+      notes.append(NO_IMAGE_TOKENIZER)
     else:
       shapes = mapping.vqgan_specs(vqgan_config)
       vqgan = {name: TensorSpec(shapes[name], tensors.specs[theirs].dtype) for name, theirs in vqgan_names.items()}
       if not any(name.startswith('decoder/') for name in vqgan):
-        notes.append('the image tokenizer has no decoder: pictures can be read, not drawn')
+        notes.append(NO_DECODER)
+        notes += port_output_note(config, decoder=False)
     return LazyModel(
         path=str(folder),
         format='huggingface',
@@ -258,7 +260,7 @@ def _vocabulary(
     vocabulary = huggingface_config.vocabulary_of_map(names, size, where)
   except CheckpointError as error:
     return None, None, [f'no vocabulary: {error}']
-  return None, vocabulary, ['the checkpoint has no tokenizer.json: text cannot become tokens unless one is added']
+  return None, vocabulary, [NO_TEXT]
 
 
 def _check_same_names(names: Mapping[str, int], tokenizer: Mapping[str, int], path: pathlib.Path) -> None:

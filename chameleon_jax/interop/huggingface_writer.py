@@ -11,12 +11,12 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from chameleon_jax.config import VQGANConfig
 from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop import huggingface_config, mapping
+from chameleon_jax.interop.dtypes import DTYPES, cast
 from chameleon_jax.interop.huggingface_config import CONFIG, EXTRAS_PREFIX, NORM_GROUPS, QK_NORM_EPS, TOKENIZERS, VQ_PREFIX
 from chameleon_jax.interop.lazy import LazyModel, TensorSpec
 from chameleon_jax.interop.pickle_reader import brief
@@ -26,7 +26,6 @@ from chameleon_jax.tokens.text_export import export_json
 from chameleon_jax.tokens.text_json import JsonText
 from chameleon_jax.tokens.vocabulary import PLACEHOLDER, Vocabulary, reserved_name
 
-DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ('float32', 'bfloat16', 'float16')}
 _Tensor = tuple[TensorSpec, Callable[[], np.ndarray]]
 
 
@@ -101,7 +100,7 @@ def _transformer_tensors(model: LazyModel, dtype: str | None) -> dict[str, _Tens
     kind = source.specs[rule.ours].dtype if dtype is None else DTYPES[dtype]
 
     def read(rule: mapping.Rule = rule, kind: np.dtype = kind) -> np.ndarray:
-      return _cast(rule.to_theirs(source.read(rule.ours), config), kind, rule.theirs)
+      return cast(rule.to_theirs(source.read(rule.ours), config), kind, rule.theirs)
 
     tensors[rule.theirs] = TensorSpec(rule.shape(config), kind), read
   return tensors
@@ -118,10 +117,10 @@ def _vqgan_tensors(model: LazyModel, decoder: bool | None, notes: list[str]) -> 
     if name.startswith('decoder/') and not with_decoder:
       continue
     theirs = VQ_PREFIX + mapping.vqgan_name(name)
-    kind = spec.dtype if from_family else DTYPES['float32']
+    kind = spec.dtype if from_family or spec.dtype.itemsize > 4 else DTYPES['float32']  # never rounded
 
     def read(name: str = name, kind: np.dtype = kind, theirs: str = theirs) -> np.ndarray:
-      return _cast(mapping.vqgan_to_theirs(name, source.read(name)), kind, theirs)
+      return cast(mapping.vqgan_to_theirs(name, source.read(name)), kind, theirs)
 
     tensors[theirs] = TensorSpec(mapping.vqgan_their_shape(name, spec.shape), kind), read
   if not with_decoder and any(name.startswith('decoder/') for name in source.specs):
@@ -136,16 +135,6 @@ def _extras(model: LazyModel) -> dict[str, _Tensor]:
     return {}
   names = [name for name in source.specs if name.startswith(EXTRAS_PREFIX)]
   return {name.removeprefix(EXTRAS_PREFIX): (source.specs[name], functools.partial(source.read, name)) for name in names}
-
-
-def _cast(values: np.ndarray, kind: np.dtype, name: str) -> np.ndarray:
-  if values.dtype == kind:
-    return values
-  with np.errstate(over='ignore'):
-    cast = values.astype(kind)
-  if kind == np.float16 and not np.array_equal(np.isfinite(cast), np.isfinite(values)):
-    raise CheckpointError(f'tensor {name} has values that float16 cannot hold; choose bfloat16 or float32')
-  return cast
 
 
 # -------------------------------------------------------------------------------------------------- files

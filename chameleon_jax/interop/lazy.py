@@ -22,6 +22,10 @@ from chameleon_jax.config import TransformerConfig, VocabularyConfig, VQGANConfi
 from chameleon_jax.tokens.text import TextTokenizer
 
 Format = Literal['orbax', 'meta', 'huggingface']
+# Notes on a part that is missing, which `opening` takes back where another folder gives the part.
+NO_IMAGE_TOKENIZER = 'the checkpoint has no image tokenizer: it reads and draws no pictures unless one is added'
+NO_DECODER = 'the image tokenizer has no decoder: pictures can be read, not drawn'
+NO_TEXT = 'the checkpoint has no tokenizer.json: text cannot become tokens unless one is added'
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,7 @@ import numpy as np
 
 from chameleon_jax.config import VocabularyConfig
 from chameleon_jax.errors import CheckpointError
-from chameleon_jax.interop.lazy import LazyModel, Origin, TensorSource, TensorSpec
+from chameleon_jax.interop.lazy import NO_DECODER, LazyModel, Origin, TensorSource, TensorSpec
 from chameleon_jax.interop.mapping import vqgan_name, vqgan_specs, vqgan_their_shape, vqgan_to_ours
 from chameleon_jax.interop.meta_files import (
     TEXT,
@@ -159,7 +159,7 @@ def _open_vqgan(
   others = {f'{VQGAN}/{extra_name(name, prefix)}': tensor for name, tensor in everything.items() if name not in known}
   extras.append(TensorSource({name: spec_of(tensor) for name, tensor in others.items()}, lambda name: others[name].read()))
   if not decoder:
-    notes.append('the image tokenizer has no decoder: pictures can be read, not drawn')
+    notes.append(NO_DECODER)
   files[VQGAN_TREE] = json.dumps(_tree(file, notes)).encode()
   notes += found
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from chameleon_jax import presets
 from chameleon_jax.config import TransformerConfig
 from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop.shards import parse_json
@@ -42,6 +43,10 @@ _DEFAULTS: dict[str, Any] = {
 }
 _OPTIONAL = ('n_kv_heads', 'ffn_dim_multiplier')
 _FRACTIONS = ('ffn_dim_multiplier', 'norm_eps', 'rope_theta')
+_SUPPRESSED = (
+    'in the release image output is suppressed, so unless they were trained since, pictures they write will be noise; '
+    'use the weights of Anole, or retrain the image columns of lm_head'
+)
 _SHORT_TYPES = {'bfloat16': 'bf16', 'float16': 'fp16', 'float32': 'fp32', 'float64': 'fp64'}
 
 
@@ -215,10 +220,24 @@ def image_output_note(files: Mapping[str, bytes]) -> tuple[str, ...]:
     return ()
   if not any('noimggen' in str(values.get(name)) for name in ('src', 'tgt')):
     return ()
-  return (
-      f'{CONSOLIDATE} names these weights "noimggen": in the release image output is suppressed, so unless they were trained since, '
-      'pictures they write will be noise; use the weights of Anole, or retrain the image columns of lm_head',
-  )
+  return (f'{CONSOLIDATE} names these weights "noimggen": {_SUPPRESSED}',)
+
+
+def port_output_note(config: TransformerConfig, *, decoder: bool) -> tuple[str, ...]:
+  """The same sentence for the port, which has no file that says so: its copies of the release have these sizes and no picture decoder."""
+  name = release_name(config)
+  if decoder or name is None:
+    return ()
+  return (f'without a picture decoder and of the sizes of {name} these may be the release itself: {_SUPPRESSED}',)
+
+
+def release_name(config: TransformerConfig) -> str | None:
+  """Which model of the release has these sizes, '7b' or '30b'."""
+  fields = ('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_head', 'd_ff', 'norm_position')
+  for name, preset in (('7b', presets.chameleon_7b()), ('30b', presets.chameleon_34b())):
+    if all(getattr(config, field) == getattr(preset, field) for field in fields):
+      return name
+  return None
 
 
 def _check(name: str, value: Any, where: str) -> None:

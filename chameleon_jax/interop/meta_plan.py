@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from chameleon_jax.config import TransformerConfig
 from chameleon_jax.errors import CheckpointError
+from chameleon_jax.interop.dtypes import DTYPES
 from chameleon_jax.interop.lazy import LazyModel, TensorSource, TensorSpec
 from chameleon_jax.interop.mapping import META_RULES, Rule, rules_for
 from chameleon_jax.interop.meta_files import tree_from
@@ -26,7 +26,6 @@ from chameleon_jax.interop.shards import parse_json
 
 TREE = 'consolidated.tree.json'  # rank file without its ending -> its tree, see meta_files
 ROPE = 'rope.freqs'
-DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in ('float32', 'bfloat16', 'float16')}
 
 
 @dataclass(frozen=True)

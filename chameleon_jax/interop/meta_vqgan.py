@@ -120,7 +120,7 @@ def _params(data: bytes, where: str) -> dict[str, Any]:
   """The object model.params of the yaml; its objects are followed with _at."""
   try:
     content = yaml.safe_load(data)
-  except (yaml.YAMLError, ValueError, RecursionError) as error:
+  except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError, RecursionError) as error:
     raise CheckpointError(f'{where}/{YAML} is not valid YAML: {" ".join(str(error).split())[:120]}; download it again') from error
   params = _at(content, ('model', 'params'))
   if not isinstance(params, dict) or not isinstance(params.get('ddconfig'), dict):

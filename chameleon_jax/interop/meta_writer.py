@@ -15,13 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from chameleon_jax import presets
-from chameleon_jax.config import TransformerConfig
 from chameleon_jax.errors import CheckpointError
+from chameleon_jax.interop.dtypes import cast
 from chameleon_jax.interop.lazy import LazyModel
 from chameleon_jax.interop.mapping import Rule, vqgan_to_theirs
 from chameleon_jax.interop.meta_files import CHECKLIST, MODELS, TEXT, TOKENIZER, VQGAN
-from chameleon_jax.interop.meta_params import argument_files
+from chameleon_jax.interop.meta_params import argument_files, release_name
 from chameleon_jax.interop.meta_plan import TransformerPlan, plan_transformer
 from chameleon_jax.interop.meta_shards import FUSED, FUSED_NAME, joined
 from chameleon_jax.interop.meta_vqgan import YAML, vqgan_yaml
@@ -62,7 +61,7 @@ def write_meta(folder: Path, model: LazyModel, *, n_shards: int | None = None, d
       raise CheckpointError(f'{folder / name} exists already; write into an empty folder')
   try:
     if transformer is not None:
-      place = folder / MODELS / _name(transformer.config)
+      place = folder / MODELS / (release_name(transformer.config) or 'model')
       place.mkdir(parents=True)
       sums = _write_ranks(place, model, transformer)
       _write_small(place, arguments, sums)
@@ -80,14 +79,6 @@ def write_meta(folder: Path, model: LazyModel, *, n_shards: int | None = None, d
   if model.vocabulary is not None and text is None:
     return (f'there is no text tokenizer, and without {TEXT} this format does not say which tokens are which',)
   return ()
-
-
-def _name(config: TransformerConfig) -> str:
-  for name, preset in (('7b', presets.chameleon_7b()), ('30b', presets.chameleon_34b())):
-    fields = ('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_head', 'd_ff', 'norm_position')
-    if all(getattr(config, field) == getattr(preset, field) for field in fields):
-      return name
-  return 'model'
 
 
 def _text(model: LazyModel) -> bytes | None:
@@ -118,7 +109,7 @@ def _write_ranks(place: Path, model: LazyModel, plan: TransformerPlan) -> dict[s
       fused = plan.fused.get(rule.theirs)
       if fused is None:
         for rank, writer in enumerate(writers):
-          writer.write(rule.theirs, _cast(_slice(rule, full, rank, len(writers)), kind, rule.theirs))
+          writer.write(rule.theirs, cast(_slice(rule, full, rank, len(writers)), kind, rule.theirs))
         continue
       match = FUSED_NAME.fullmatch(fused)
       assert match is not None  # meta_plan found it so
@@ -130,7 +121,7 @@ def _write_ranks(place: Path, model: LazyModel, plan: TransformerPlan) -> dict[s
       values = waiting.pop(fused)
       for rank, writer in enumerate(writers):
         slices = [_slice(rules[part], values[part], rank, len(writers)) for part in parts]
-        writer.write(fused, _cast(joined(slices, 0), kind, fused))
+        writer.write(fused, cast(joined(slices, 0), kind, fused))
     for writer, extras in zip(writers, plan.extras):
       for name, extra in extras.items():
         writer.write(name, extra.read())
@@ -156,13 +147,3 @@ def _write_vqgan(place: Path, model: LazyModel, plan: VQGANPlan) -> str:
     for name, extra in plan.extras.items():
       writer.write(name, extra.read())
   return writer.md5
-
-
-def _cast(values: np.ndarray, kind: np.dtype, name: str) -> np.ndarray:
-  if values.dtype == kind:
-    return values
-  with np.errstate(over='ignore', invalid='ignore'):
-    cast = values.astype(kind)
-  if kind == np.float16 and not np.array_equal(np.isfinite(cast), np.isfinite(values)):
-    raise CheckpointError(f'tensor {name} has values that float16 cannot hold; choose bfloat16 or float32')
-  return cast

@@ -10,6 +10,7 @@ from typing import Any
 from chameleon_jax.config import TransformerConfig, VocabularyConfig, VQGANConfig
 from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop.checksums import check_files
+from chameleon_jax.interop.pickle_reader import brief
 from chameleon_jax.tokens.text import SentencePieceText, TextTokenizer
 
 FORMAT = 'chameleon_jax'
@@ -17,6 +18,7 @@ VERSION = 2
 CONFIG_FILE = 'config.json'
 TRANSFORMER = 'transformer'
 IMAGE_TOKENIZER = 'image_tokenizer'
+_MAX_NUMBER = 1e30
 _TEXT_FILES = ('text_tokenizer.model', 'text_tokenizer.json')
 
 
@@ -37,15 +39,31 @@ def config_from_dict(kind: type, values: dict[str, Any], *, where: str) -> Any:
   Raises:
     CheckpointError: a field is unknown or missing, or the dataclass refuses a value.
   """
-  known = {field.name: typing.get_type_hints(kind)[field.name] for field in dataclasses.fields(kind)}
+  hints = typing.get_type_hints(kind)
+  known = {field.name: hints[field.name] for field in dataclasses.fields(kind)}
   unknown = sorted(set(values) - set(known))
   if unknown:
     raise CheckpointError(f'{where}: {kind.__name__} has no field {unknown[0]!r}; was this written by a newer version?')
   converted = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+  for name, value in converted.items():
+    if not _fits(value, known[name]):
+      raise CheckpointError(f'{where}: {kind.__name__}.{name} cannot be {brief(value)}; correct it, or copy the folder again')
   try:
     return kind(**converted)
   except (TypeError, ValueError) as error:
     raise CheckpointError(f'{where}: {error}') from error
+
+
+def _fits(value: Any, hint: Any) -> bool:
+  """Whether a JSON value is of a field's type; a whole number will do for a fraction."""
+  origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+  if origin is typing.Literal:
+    return isinstance(value, str) and value in arguments
+  if origin is tuple:
+    return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+  if hint is float:
+    return type(value) in (int, float) and abs(value) < _MAX_NUMBER  # False for nan
+  return type(value) is hint if hint in (bool, int, str) else True
 
 
 def read_header(folder: pathlib.Path) -> Header:
@@ -69,6 +87,9 @@ def read_header(folder: pathlib.Path) -> Header:
     raise CheckpointError(f'{file} is not of this project: expected "format": "{FORMAT}"')
   if config.get('version') not in (1, VERSION):
     raise CheckpointError(f'{folder} has version {config.get("version")!r}; this program reads versions 1 to {VERSION}')
+  unknown = sorted(set(config) - {'format', 'version', 'transformer', 'vqgan', 'vocabulary', 'origin'})
+  if unknown:
+    raise CheckpointError(f'{file}: unknown key {unknown[0]!r}; the file is damaged or of a newer version')
 
   def part(name: str, kind: type) -> Any:
     values = config.get(name)

@@ -13,15 +13,14 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from chameleon_jax.config import Dtype, TransformerConfig
+from chameleon_jax.config import TransformerConfig
 from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop.checksums import check_files, read_checksums, write_checksums
-from chameleon_jax.interop.lazy import LazyModel, Origin, TensorSource, TensorSpec
-from chameleon_jax.interop.meta_params import image_output_note
+from chameleon_jax.interop.dtypes import cast, stored_dtype
+from chameleon_jax.interop.lazy import NO_DECODER, LazyModel, Origin, TensorSource, TensorSpec
+from chameleon_jax.interop.meta_params import image_output_note, port_output_note
 from chameleon_jax.interop.native import ModelParts, check_fit
 from chameleon_jax.interop.native_files import (
     IMAGE_TOKENIZER,
@@ -40,27 +39,6 @@ from chameleon_jax.training.checkpoint import describe_tree, load_tree, save_tre
 _FILES = pathlib.Path('origin', 'files')
 _EXTRAS = pathlib.Path('origin', 'extras.safetensors')
 _FORMATS = ('orbax', 'meta', 'huggingface')
-
-
-def stored_dtype(specs: Mapping[str, TensorSpec]) -> Dtype:
-  """The type that holds every stored floating value exactly: bfloat16 where all are, else float32."""
-  kinds = {spec.dtype for spec in specs.values()}
-  return 'bfloat16' if kinds == {np.dtype(ml_dtypes.bfloat16)} else 'float32'
-
-
-def cast(values: np.ndarray, dtype: str | np.dtype | None) -> np.ndarray:
-  """Floating values in another type; others, and with None all, as they are.
-
-  Raises:
-    CheckpointError: a value is too large for float16.
-  """
-  if dtype is None or not jnp.issubdtype(values.dtype, jnp.floating):
-    return values
-  with np.errstate(over='ignore', invalid='ignore'):
-    changed = values.astype(jnp.dtype(dtype), copy=False)
-  if changed.dtype == np.float16 and changed is not values and not np.array_equal(np.isfinite(changed), np.isfinite(values)):
-    raise CheckpointError('the weights have values that float16 cannot hold; choose bfloat16 or float32')
-  return changed
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -91,7 +69,9 @@ def open_native(folder: pathlib.Path) -> LazyModel:
   origin = _read_origin(folder, header.origin)
   notes = image_output_note(origin.files) if origin.format == 'meta' else ()
   if header.vqgan is not None and not any(name.startswith('decoder/') for name in values['vqgan'].specs):
-    notes = (*notes, 'the image tokenizer has no decoder: pictures can be read, not drawn')
+    notes = (*notes, NO_DECODER)
+    if origin.format == 'huggingface' and header.transformer is not None:
+      notes += port_output_note(header.transformer, decoder=False)
   model = LazyModel(path=str(folder), format='orbax', origin=origin, notes=notes, **values)
   model.resources.callback(trees.clear)
   if (folder / _EXTRAS).exists():
@@ -217,7 +197,7 @@ def write_native(folder: pathlib.Path, model: LazyModel, *, dtype: str | None = 
 
 def _save(path: pathlib.Path, source: TensorSource, names: list[str], dtype: str | None) -> None:
   """A function of its own, so that the group is gone before the next is read."""
-  save_tree(path, nested({name: np.asarray(cast(source.read(name), dtype), order='C') for name in names}), compress=False)
+  save_tree(path, nested({name: np.asarray(cast(source.read(name), dtype, name), order='C') for name in names}), compress=False)
 
 
 def _stored_config(config: TransformerConfig, model: LazyModel, dtype: str | None) -> TransformerConfig:

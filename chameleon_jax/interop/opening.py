@@ -20,10 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from chameleon_jax.array_types import Array, Params, PyTree
 from chameleon_jax.config import Dtype, TransformerConfig
 from chameleon_jax.errors import CheckpointError
-from chameleon_jax.interop.lazy import Format, LazyModel, TensorSource
+from chameleon_jax.interop.dtypes import stored_dtype
+from chameleon_jax.interop.lazy import NO_DECODER, NO_IMAGE_TOKENIZER, NO_TEXT, Format, LazyModel, TensorSource
 from chameleon_jax.interop.native import ModelParts, abstract_transformer, abstract_vqgan, check_fit
 from chameleon_jax.interop.native_files import CONFIG_FILE, FORMAT
-from chameleon_jax.interop.native_lazy import open_native, stored_dtype
+from chameleon_jax.interop.native_lazy import open_native
 from chameleon_jax.interop.trees import TreeFiller, flat, nested
 from chameleon_jax.partitioning import shardings_of
 
@@ -105,7 +106,13 @@ def _completed(model: LazyModel, tokenizers: LazyModel) -> LazyModel:
     added['text_tokenizer'] = tokenizers.text_tokenizer
     if model.vocabulary is None:
       added['vocabulary'] = tokenizers.vocabulary
-  model = dataclasses.replace(model, **added)
+  filled = {note for note, now in ((NO_IMAGE_TOKENIZER, 'vqgan'), (NO_TEXT, 'text_tokenizer')) if now in added}
+  if 'vqgan' in added and _has_decoder(added['vqgan']):
+    filled.add(NO_DECODER)
+  notes = [note for note in model.notes if note not in filled]
+  if NO_IMAGE_TOKENIZER in filled and not _has_decoder(added['vqgan']):
+    notes.append(NO_DECODER)
+  model = dataclasses.replace(model, notes=tuple(notes), **added)
   names = ('transformer_config', 'vqgan_config', 'vocabulary', 'text_tokenizer')
   check_fit(ModelParts(**{name: getattr(model, name) for name in names}), where=f'{model.path} and {tokenizers.path}')
   return model

@@ -189,8 +189,9 @@ class SafetensorsWriter:
     self._handles: dict[str, Any] = {}
     self._created: list[pathlib.Path] = []
     for name, spec in self._specs.items():
-      if spec.dtype not in _NAMES or name == _METADATA:
-        raise CheckpointError(f'tensor {brief(name)} of type {spec.dtype} cannot be stored in a safetensors file; convert it first')
+      if spec.dtype not in _NAMES or name == _METADATA or not _is_unicode(name):
+        what = f'tensor {brief(name)} of type {spec.dtype}'
+        raise CheckpointError(f'{what} cannot be stored in a safetensors file; convert or rename it first')
     shards = self._plan(max_shard_bytes)
     try:
       for number, names in enumerate(shards, start=1):
@@ -289,3 +290,12 @@ class SafetensorsWriter:
     self._handles.clear()
     for path in self._created:
       path.unlink(missing_ok=True)
+
+
+def _is_unicode(name: str) -> bool:
+  """Names in a pickle may hold half a surrogate pair, which UTF-8 cannot."""
+  try:
+    name.encode()
+  except UnicodeEncodeError:
+    return False
+  return True

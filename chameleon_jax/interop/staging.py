@@ -11,6 +11,7 @@ that is left. Does not know what is in the folders.
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import threading
@@ -75,18 +76,15 @@ def clear_leftovers(target: Path) -> None:
     CheckpointError: a living process is writing `target`.
     OSError: from the file system.
   """
-  beside = sorted(target.parent.iterdir()) if target.parent.is_dir() else []
-  for folder in beside:
-    if folder.name.startswith(f'.{target.name}.writing-') and folder.is_dir():
-      if _is_locked(folder):
-        raise CheckpointError(f'{target} is being written by another process (into {folder}); wait for it, or end it')
+  for folder in _beside(target, 'writing'):
+    if _is_locked(folder):
+      raise CheckpointError(f'{target} is being written by another process (into {folder}); wait for it, or end it')
+    remove_tree(folder)
+  for folder in _beside(target, 'old'):
+    if target.exists():
       remove_tree(folder)
-  for folder in beside:
-    if folder.name.startswith(f'.{target.name}.old-') and folder.is_dir():
-      if target.exists():
-        remove_tree(folder)
-      else:
-        folder.rename(target)
+    else:
+      folder.rename(target)
 
 
 def remove_tree(folder: Path) -> None:
@@ -130,6 +128,13 @@ def _make_parents(folder: Path) -> list[Path]:
   for parent in reversed(missing):
     parent.mkdir(exist_ok=True)
   return missing
+
+
+def _beside(target: Path, state: str) -> list[Path]:
+  """Our dot folders beside `target`: they end in the number of a process, so that `.model.old-backup` is nobody's leftover."""
+  name = re.compile(rf'\.{re.escape(target.name)}\.{state}-[0-9]+')
+  found = sorted(target.parent.iterdir()) if target.parent.is_dir() else []
+  return [path for path in found if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
 
 
 def _is_locked(folder: Path) -> bool:

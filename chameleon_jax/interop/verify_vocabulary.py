@@ -13,6 +13,7 @@ import numpy as np
 
 from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop.lazy import LazyModel
+from chameleon_jax.interop.read_back import pieces
 from chameleon_jax.interop.verify_report import Finding, Row, judged, not_compared
 from chameleon_jax.tokens.vocabulary import Vocabulary, parse_image_token_name
 
@@ -157,7 +158,7 @@ def _text_rows(a: LazyModel, b: LazyModel) -> list[Row]:
   if a.text_tokenizer.n_pieces != b.text_tokenizer.n_pieces:
     where = f'{a.text_tokenizer.n_pieces} pieces in A, {b.text_tokenizer.n_pieces} in B'
   for probe in _PROBES:
-    if not where and list(a.text_tokenizer.encode(probe)) != list(b.text_tokenizer.encode(probe)):
+    if not where and pieces(a.text_tokenizer, probe) != pieces(b.text_tokenizer, probe):
       where = f'{probe!r} has other pieces'
   return [judged('text tokenizer', f'{len(_PROBES)} texts', 'equal pieces', where, good=not where)]
 

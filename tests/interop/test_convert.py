@@ -13,13 +13,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from chameleon_jax.errors import CheckpointError
+from chameleon_jax.errors import CheckpointError, DataError
 from chameleon_jax.interop import convert as converter
 from chameleon_jax.interop import read_back
 from chameleon_jax.interop.convert import convert
 from chameleon_jax.interop.lazy import Origin, TensorSource
 from chameleon_jax.interop.notices import notice
 from chameleon_jax.interop.opening import detect_format, open_checkpoint
+from chameleon_jax.tokens.text_json import JsonText
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden'
 MODELS = GOLDEN / 'models'
@@ -155,6 +156,34 @@ def test_overwriting_replaces_a_checkpoint_and_nothing_else(tmp_path):
   assert detect_format(tmp_path / 'empty') == 'orbax'
 
 
+def test_overwriting_spares_what_a_checkpoint_does_not_consist_of(tmp_path):
+  release = tmp_path / 'data'
+  shutil.copytree(META, release / 'models' / '7b')
+  shutil.copytree(GOLDEN / 'tokenizer', release / 'tokenizer')
+
+  def refused(message, target, source=PORT):
+    before = sorted(tmp_path.rglob('*'))
+    with pytest.raises(CheckpointError, match=message) as raised:
+      convert(source, target, 'orbax', overwrite=True)
+    assert '\n' not in str(raised.value) and sorted(tmp_path.rglob('*')) == before
+
+  refused('is itself a folder to read from', release / 'tokenizer', source=release / 'models' / '7b')  # found by itself, and needed
+  (release / 'models' / '7b' / 'notes').mkdir()
+  refused('holds models/7b/notes, which is no part', release)
+  (release / 'models' / '7b' / 'notes').rmdir()
+  (release / 'tokenizer' / 'train.txt').touch()
+  refused('holds tokenizer/train.txt, which is no part', release)
+  (release / 'tokenizer' / 'train.txt').unlink()
+  shutil.copytree(META, release / 'models' / '30b')
+  refused('holds 2 models', release)
+  shutil.rmtree(release / 'models' / '30b')
+  (release / '.git').mkdir()  # a history that may be nowhere else
+  refused('holds .git, which is no part', release)
+  (release / '.git').rmdir()
+  convert(PORT, release, 'orbax', overwrite=True)
+  assert detect_format(release) == 'orbax' and names(tmp_path) == ['data']
+
+
 def test_an_interrupted_replacement_is_undone_before_the_target_is_looked_at(tmp_path):
   convert(PORT, tmp_path / 'target', 'orbax')
   (tmp_path / 'target').rename(tmp_path / '.target.old-1')  # killed between two renames
@@ -227,6 +256,26 @@ def test_everything_that_makes_a_model_is_compared(change, message):
       read_back.compare(model, change(model), None, META)
 
 
+def test_a_tokenizer_without_a_piece_for_some_byte_is_compared_all_the_same():
+  class Lacking(JsonText):
+    piece = 1
+
+    def encode(self, text):
+      if '\x00' in text:
+        raise DataError('no piece for the byte 0x00')
+      return [self.piece] * len(text)
+
+  class Other(Lacking):
+    piece = 2
+
+  with open_checkpoint(META) as model:
+    data = model.text_tokenizer.to_json()
+    one, two, other = (dataclasses.replace(model, text_tokenizer=kind(data)) for kind in (Lacking, Lacking, Other))
+    read_back.compare(one, two, None, META)
+    with pytest.raises(CheckpointError, match='the text tokenizer reads back differently'):
+      read_back.compare(one, other, None, META)
+
+
 # ---------------------------------------------------------------------------------------- what lies beside
 
 
@@ -269,7 +318,9 @@ def test_the_notice_names_files_of_the_source_and_none_of_ours():
 # -------------------------------------------------------------------------------------------- interruption
 
 SLOW = """
-import pathlib, sys, time
+import pathlib, signal, sys, time
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):  # a suite under nohup hands on that they are ignored
+  signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 from chameleon_jax.interop import convert
 seen = []
 def slowly(progress):

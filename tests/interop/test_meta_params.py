@@ -14,6 +14,7 @@ from chameleon_jax.interop.meta_params import (
     ffn_width,
     image_output_note,
     merge,
+    port_output_note,
     transformer_config,
     with_defaults,
 )
@@ -128,3 +129,11 @@ def test_the_note_on_pictures():
   assert len(image_output_note(files_of({}, {'tgt': 'x_noimggen_y'}))) == 1
   assert image_output_note(files_of({}, {'tgt': 'x', 'tokenizer_path': 'noimggen'})) == ()
   assert image_output_note({}) == image_output_note({'consolidate_params.json': b'{'}) == ()
+
+
+def test_the_port_in_the_sizes_of_the_release_gets_the_note_too():
+  for config, name in ((presets.chameleon_7b(), '7b'), (presets.chameleon_34b(), '30b')):
+    (note,) = port_output_note(config, decoder=False)
+    assert name in note and 'image output is suppressed' in note and 'Anole' in note
+    assert port_output_note(config, decoder=True) == (), 'Anole has one'
+  assert port_output_note(presets.tiny_transformer(), decoder=False) == ()

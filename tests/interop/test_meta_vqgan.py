@@ -65,7 +65,10 @@ def test_a_yaml_that_contradicts(ddconfig, params, fragment):
 
 @pytest.mark.parametrize(
     'data',
-    [b'', b'{', b'\xff\xfe', b'3', b'model: {params: {}}', b'model: {params: {ddconfig: 1}}', b'!!python/name:os.system', b'[' * 5000],
+    [
+        *(b'', b'{', b'\xff\xfe', b'3', b'model: {params: {}}', b'model: {params: {ddconfig: 1}}', b'!!python/name:os.system', b'[' * 5000),
+        *(b'!!bool x', b'!!int ""', b'!!timestamp x'),
+    ],
 )
 def test_a_yaml_that_is_none(data):
   refused('folder/vqgan.yaml', SHAPES, data)

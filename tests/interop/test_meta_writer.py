@@ -11,9 +11,10 @@ import pytest
 from chameleon_jax import presets
 from chameleon_jax.config import VocabularyConfig
 from chameleon_jax.errors import CheckpointError
-from chameleon_jax.interop import mapping, meta_writer
+from chameleon_jax.interop import mapping
 from chameleon_jax.interop.lazy import LazyModel, Origin, TensorSource, TensorSpec
 from chameleon_jax.interop.meta import open_meta, verify_checklist, write_meta
+from chameleon_jax.interop.meta_params import release_name
 from chameleon_jax.interop.native_lazy import open_native, write_native
 from chameleon_jax.tokens.text import train_text_tokenizer
 from chameleon_jax.tokens.text_export import export_json
@@ -328,9 +329,9 @@ def test_a_source_that_breaks_leaves_nothing(tmp_path):
 
 def test_names_of_the_released_sizes():
   seven, thirty = presets.chameleon_7b(), presets.chameleon_34b()
-  assert meta_writer._name(dataclasses.replace(seven, dtype='float32', remat='none')) == '7b'
-  assert meta_writer._name(thirty) == '30b'
-  assert meta_writer._name(dataclasses.replace(seven, n_layers=31)) == 'model'
+  assert release_name(dataclasses.replace(seven, dtype='float32', remat='none')) == '7b'
+  assert release_name(thirty) == '30b'
+  assert release_name(dataclasses.replace(seven, n_layers=31)) is None
 
 
 def test_memory_holds_one_tensor_at_a_time(tmp_path):

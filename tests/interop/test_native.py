@@ -13,6 +13,7 @@ from chameleon_jax import presets
 from chameleon_jax.config import VocabularyConfig
 from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop import native
+from chameleon_jax.interop.opening import open_checkpoint
 from chameleon_jax.models.transformer.model import stack_layers, unstack_layers
 from chameleon_jax.tokens.text_json import JsonText
 from chameleon_jax.training.checkpoint import load_tree, save_tree
@@ -204,3 +205,26 @@ def test_the_released_text_tokenizer_is_kept_in_its_own_form(tmp_path):
   assert table.names == text.names
   with pytest.raises(CheckpointError, match='the text tokenizer has the token table'):
     native.make_vocabulary(VocabularyConfig(size=373, n_codes=12, n_sentinels=2, n_reserved=3), text)
+
+
+@pytest.mark.parametrize(
+    'part, field, value',
+    [
+        ('transformer', 'dtype', 'bfloat1v'),
+        ('transformer', 'param_dtype', None),
+        ('transformer', 'norm_position', 'qre'),
+        ('transformer', 'n_layers', 2.0),
+        ('transformer', 'scan_layers', 'false'),
+        ('transformer', 'rope_theta', float('nan')),
+        ('vqgan', 'channel_multipliers', [1, '2']),
+        ('vqgan', 'dtype', 'Float32'),
+        ('vocabulary', 'size', '384'),
+    ],
+)
+def test_a_value_of_another_type_in_the_config_is_named(folder, part, field, value):
+  config = json.loads((folder / 'config.json').read_text())
+  config[part][field] = value
+  (folder / 'config.json').write_text(json.dumps(config))
+  for load in (native.load_model, open_checkpoint):
+    with pytest.raises(CheckpointError, match=f'{field} cannot be'):
+      load(folder)

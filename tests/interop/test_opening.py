@@ -15,7 +15,7 @@ from chameleon_jax import presets
 from chameleon_jax.config import MeshConfig
 from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop import native, opening
-from chameleon_jax.interop.lazy import LazyModel, TensorSource, TensorSpec
+from chameleon_jax.interop.lazy import NO_DECODER, NO_IMAGE_TOKENIZER, LazyModel, TensorSource, TensorSpec
 from chameleon_jax.interop.mapping import transformer_specs
 from chameleon_jax.interop.opening import detect_format, load_for_training, load_parts, load_tokenizers, open_checkpoint
 from chameleon_jax.interop.trees import flat
@@ -97,6 +97,7 @@ def test_a_tokenizer_folder_gives_the_parts_that_are_missing(tmp_path):
     assert alone.vqgan is None
     assert whole.format == 'huggingface' and whole.text_tokenizer.to_json() == alone.text_tokenizer.to_json()
     assert any(name.startswith('decoder/') for name in whole.vqgan.specs)
+    assert NO_IMAGE_TOKENIZER in alone.notes and not {NO_IMAGE_TOKENIZER, NO_DECODER} & set(whole.notes), 'what was added is not missed'
     assert whole.vqgan.read('quantize/embedding').shape == (whole.vqgan_config.n_codes, whole.vqgan_config.d_code)
 
 
@@ -108,6 +109,7 @@ def test_a_decoder_is_taken_from_an_image_tokenizer_with_the_same_codebook(tmp_p
   with open_checkpoint(tmp_path / 'port') as half, open_checkpoint(MODELS / 'meta_7b_like') as meta:
     assert not any(name.startswith('decoder/') for name in half.vqgan.specs)
     with open_checkpoint(tmp_path / 'port', tokenizer=GOLDEN / 'tokenizer') as whole:
+      assert NO_DECODER in half.notes and NO_DECODER not in whole.notes
       assert set(whole.vqgan.specs) == set(meta.vqgan.specs)
       for name in meta.vqgan.specs:
         np.testing.assert_array_equal(whole.vqgan.read(name), meta.vqgan.read(name))

@@ -290,7 +290,7 @@ def test_the_writer_wants_what_was_declared(tmp_path):
   writing(lambda writer: [writer.write('a', SMALL['a']) for _ in range(2)], "tensor 'a' was written before")
   writing(lambda writer: writer.write('a', SMALL['a'].T), r'declared as float32 \[3, 4\], the values are float32 \[4, 3\]')
   writing(lambda writer: writer.write('a', SMALL['a'].astype('f8')), 'the values are float64')
-  for arrays in ({'a': np.zeros(2, 'c8')}, {'a': np.zeros(2, '>f4')}, {'__metadata__': SMALL['a']}):
+  for arrays in ({'a': np.zeros(2, 'c8')}, {'a': np.zeros(2, '>f4')}, {'__metadata__': SMALL['a']}, {'\ud800': SMALL['a']}):
     with pytest.raises(CheckpointError, match='cannot be stored in a safetensors file'):
       SafetensorsWriter(tmp_path, specs_of(arrays))
   with pytest.raises(CheckpointError, match='could not be written: No such file'):
