@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from chameleon_jax.array_types import Array, Params, PyTree
 from chameleon_jax.config import Dtype, TransformerConfig
 from chameleon_jax.errors import CheckpointError
+from chameleon_jax.interop.checksums import FILE as CHECKSUMS
 from chameleon_jax.interop.dtypes import stored_dtype
 from chameleon_jax.interop.lazy import NO_DECODER, NO_IMAGE_TOKENIZER, NO_TEXT, Format, LazyModel, TensorSource
 from chameleon_jax.interop.native import ModelParts, abstract_transformer, abstract_vqgan, check_fit
@@ -35,7 +36,7 @@ _SEARCH_WIDTH = 64
 
 def detect_format(folder: pathlib.Path) -> Format | None:
   """What kind of checkpoint a folder is, by its files; None where it is none. Never raises."""
-  if _is_native(folder):
+  if _is_native(folder) or (folder / CHECKSUMS).is_file():  # the latter is there even where a damaged config.json is not readable
     return 'orbax'
   from chameleon_jax.interop.huggingface import is_huggingface  # these load libraries that our own folders do not need
   from chameleon_jax.interop.meta import is_meta
