@@ -9,9 +9,9 @@ Source:    as emoji_sft.py. Departures from it: 5,000 steps; in each document th
 Data:      weights count documents. About 28 draws and 16 descriptions of each training picture, estimated from the weights.
 Size:      that of emoji_pretrain.py.
 Hardware:  two CPU cores with AMX: 111 minutes, shared with tests; 92 at the speed of a quiet machine.
-Watch:     training loss_image 1.9 at step 300, 1.6 at 1,000, 0.97 at 2,000, 0.63 at 2,900, 0.30 at the end (with noise); validation/loss_image
-           stands at 1.54 to 1.60 all the while (1.43 at the start) though the drawings get better: judge by the evaluation. At step 2,000 it
-           was draw 55 %, edit 40 %, describe 66 % on held-out combinations.
+Watch:     training loss_image 1.9 at step 300, 1.6 at 1,000, 0.97 at 2,000, 0.63 at 2,900, 0.30 at the end, with noise.
+           validation/loss_image stands at 1.54 to 1.60 all the while (1.43 at the start) though the drawings get better: judge by
+           the evaluation. At step 2,000 it was draw 55 %, edit 40 %, describe 66 % on held-out combinations.
 Command:   chameleon train --config=experiments/emoji_sft_continued.py --workdir=runs/emoji/sft_continued
 Before:    emoji_sft.py, whose model folder is the start and holds the tokenizers.
 After:     chameleon evaluate --suite=emoji --model=runs/emoji/sft_continued/model
