@@ -10,7 +10,7 @@
     preprocessing   reported; fails only where both checkpoints declare one and they differ
 
 Differing hashes fail by default, however small the difference is (`tolerance`). A part that one side lacks is reported and
-not compared: the port ships no picture decoder, others no image tokenizer. Tensors are read one at a time; the network
+not compared: the port ships no picture decoder, others no image tokenizer. A transformer on one side alone fails: no format goes without. Tensors are read one at a time; the network
 runs stage by stage (`verify_forward`), where memory allows. Facts behind the checks: spec model.md 1.3 to 1.6, 4.5, 7.2, 9.
 """
 
@@ -251,7 +251,10 @@ class _Run:
 
 def _absent(name: str, part: str, a_lacks: bool, b_lacks: bool) -> Row:
   side = 'neither side' if a_lacks and b_lacks else 'only B' if a_lacks else 'only A'
-  return not_compared(name, f'{side} holds {"an" if part[0] in "aeiou" else "a"} {part}')
+  where = f'{side} holds {"an" if part[0] in "aeiou" else "a"} {part}'
+  if part == 'transformer' and a_lacks != b_lacks:
+    return judged(name, 'missing', 'present', where, good=False)
+  return not_compared(name, where)
 
 
 def _shapes(source: TensorSource | None) -> dict[str, tuple[int, ...]] | None:

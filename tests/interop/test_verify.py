@@ -109,6 +109,14 @@ def test_a_missing_part_is_reported_and_a_missing_tensor_fails():
   assert row(report, 'activations, logits').status == 'info'
 
 
+def test_a_transformer_on_one_side_alone_fails():
+  for a, b, side in ((model(), model(None), 'A'), (model(None), model(), 'B')):
+    report = verify(a, b)
+    assert not report.passed
+    assert row(report, 'transformer config').where == f'only {side} holds a transformer'
+    assert [found.name for found in report.rows if found.status == 'fail'] == ['transformer config']
+
+
 def test_other_sizes_fail_and_run_nothing():
   config = dataclasses.replace(CONFIG, d_ff=CONFIG.d_ff * 2)
   report = verify(model(vqgan=None), model(draw_transformer(config), config=config, vqgan=None))
@@ -119,7 +127,7 @@ def test_other_sizes_fail_and_run_nothing():
 
 def test_nothing_in_common_or_nothing_to_compare_with():
   with pytest.raises(CheckpointError, match='no part in common'):
-    verify(model(vqgan=None, vocabulary=None), model(None, vocabulary=None))
+    verify(model(None, vqgan=None), model(None, vocabulary=None))
   with pytest.raises(CheckpointError, match='nothing to compare with'):
     verify(model())
 
