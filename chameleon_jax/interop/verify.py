@@ -10,8 +10,9 @@
     preprocessing   reported; fails only where both checkpoints declare one and they differ
 
 Differing hashes fail by default, however small the difference is (`tolerance`). A part that one side lacks is reported and
-not compared: the port ships no picture decoder, others no image tokenizer. A transformer on one
-side alone fails: no format goes without. Tensors are read one at a time; the network runs stage by stage (`verify_forward`), where memory allows. Facts behind the checks: spec model.md 1.3 to 1.6, 4.5, 7.2, 9.
+not compared: the port ships no picture decoder, others no image tokenizer. A transformer on one side
+alone fails: no format goes without. Tensors are read one at a time; the network runs stage by stage (`verify_forward`), where
+memory allows. Facts behind the checks: spec model.md 1.3 to 1.6, 4.5, 7.2, 9.
 """
 
 import dataclasses
