@@ -1,0 +1,40 @@
+"""Every setting of the project as frozen dataclasses.
+
+A config is a value: hashable, comparable, safe to close over in `jax.jit`. `__post_init__` only raises;
+what can be computed from fields is a property. The editable form that command-line flags change lives in
+`cli/flags.py`. Names and defaults follow arXiv 2405.09818 (section 2 and Table 1) and the released
+checkpoints; where a default departs from them the field says so.
+"""
+
+from chameleon_jax.config.networks import DiscriminatorConfig, Dtype, TransformerConfig, VQGANConfig
+from chameleon_jax.config.sampling import SamplingOptions
+from chameleon_jax.config.training import (
+  CheckpointConfig,
+  DataConfig,
+  ImageTokenizerTrainConfig,
+  MeshConfig,
+  OptimizerConfig,
+  StageConfig,
+  TextTokenizerTrainConfig,
+  TrainConfig,
+  VQLossConfig,
+)
+from chameleon_jax.config.vocabulary import VocabularyConfig
+
+__all__ = [
+  'CheckpointConfig',
+  'DataConfig',
+  'DiscriminatorConfig',
+  'Dtype',
+  'ImageTokenizerTrainConfig',
+  'MeshConfig',
+  'OptimizerConfig',
+  'SamplingOptions',
+  'StageConfig',
+  'TextTokenizerTrainConfig',
+  'TrainConfig',
+  'TransformerConfig',
+  'VQGANConfig',
+  'VQLossConfig',
+  'VocabularyConfig',
+]
