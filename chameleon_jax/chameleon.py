@@ -16,7 +16,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +26,23 @@ from jax.sharding import Mesh
 from chameleon_jax.array_types import Codes, Logits, Pictures, Tokens
 from chameleon_jax.config import Dtype, SamplingOptions, TransformerConfig
 from chameleon_jax.data.encode import Encoder, make_encoder
-from chameleon_jax.errors import CheckpointError
+from chameleon_jax.errors import ChameleonError, CheckpointError
 from chameleon_jax.interop.native import ModelParts, make_vocabulary
 from chameleon_jax.interop.opening import load_parts, open_checkpoint
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.models.vqgan import model as vqgan
-from chameleon_jax.sampling.engine import Sampler
+from chameleon_jax.sampling.engine import Engine
+from chameleon_jax.sampling.requests import open_codes
+from chameleon_jax.sampling.scoring import Score, Scorer
+from chameleon_jax.sampling.scoring import best_of as best
+from chameleon_jax.sampling.stream import Stream
 from chameleon_jax.tokens import document as documents
 from chameleon_jax.tokens import images
 from chameleon_jax.tokens.render import render_prompt, unrender
 from chameleon_jax.tokens.vocabulary import Vocabulary
 
 _T = TypeVar('_T')
+Options: TypeAlias = SamplingOptions | Sequence[SamplingOptions]
 _SHIPPED = {'emoji': 'emoji_weights'}
 
 
@@ -109,12 +114,6 @@ class Chameleon:
     """What each token id means."""
     return make_vocabulary(self._need(self.parts.vocabulary, 'vocabulary'), self.parts.text_tokenizer)
 
-  @functools.cached_property
-  def _sampler(self) -> Sampler:
-    # Without an image tokenizer only text is written (see generate_tokens), and any number will do.
-    n_image_tokens = 1 if self.parts.vqgan_config is None else self.n_image_tokens
-    return Sampler(self.config, self.parts.transformer_params, self.vocabulary, n_image_tokens=n_image_tokens)
-
   @property
   def n_image_tokens(self) -> int:
     """Codes of one picture."""
@@ -185,24 +184,131 @@ class Chameleon:
 
     return render_prompt(document, self.vocabulary, text, encode_images=encode)
 
-  def generate_tokens(self, prompts: Sequence[Sequence[int] | np.ndarray], options: SamplingOptions) -> list[np.ndarray]:
-    """Continues token lists; returns the new tokens of each, the stop token included where one was drawn."""
-    if options.modalities != 'text':
-      self._need(self.parts.vqgan_config, "image tokenizer, which says how many codes a picture has (modalities='text' needs none)")
-    return self._sampler.generate_tokens([np.asarray(prompt, np.int32) for prompt in prompts], options)
+  def engine(self, *, max_rows: int = 64) -> Engine:
+    """A new engine over these weights: requests in, tokens out, with reports on the way (`sampling.engine`)."""
+    # Without an image tokenizer only text is written (see _check_options), and any number will do.
+    n_image_tokens = 1 if self.parts.vqgan_config is None else self.n_image_tokens
+    return Engine(self.config, self.parts.transformer_params, self.vocabulary, n_image_tokens=n_image_tokens, max_rows=max_rows)
 
-  def generate(self, prompts: Sequence[documents.Document], options: SamplingOptions = SamplingOptions()) -> list[documents.Document]:
+  def _check_options(self, options: Options) -> None:
+    """What the options need of the parts, before the work and not after it."""
+    for option in [options] if isinstance(options, SamplingOptions) else options:
+      if option.modalities != 'text':
+        self._need(self.parts.vqgan_config, "image tokenizer, which says how many codes a picture has (modalities='text' needs none)")
+
+  def generate_tokens(self, prompts: Sequence[Sequence[int] | np.ndarray], options: Options) -> list[np.ndarray]:
+    """Continues token lists; returns the new tokens of each, the stop token included where one was drawn.
+
+    Args:
+      prompts: token ids; lengths may differ.
+      options: for all, or one for each.
+
+    Raises:
+      PromptError, SamplingError: see `Engine.generate_tokens`.
+    """
+    self._check_options(options)
+    return self.engine().generate_tokens([np.asarray(prompt, np.int32) for prompt in prompts], options)
+
+  def generate(
+    self, prompts: Sequence[documents.Document], options: Options = SamplingOptions(), *, best_of: int = 1
+  ) -> list[documents.Document]:
     """Continues documents; returns what was written, its pictures decoded.
 
     A picture cut off by the length limit comes back as `Codes`.
+
+    Args:
+      prompts: documents; they may be of any mixture of kinds and lengths.
+      options: for all, or one for each.
+      best_of: how many continuations of each prompt to draw; the one that the model itself finds most likely, by the mean
+        over its tokens, is returned.
+
+    Raises:
+      PromptError, SamplingError: see `Engine.generate_tokens`.
     """
     if not prompts:
       return []
     text = self._need(self.parts.text_tokenizer, 'text tokenizer')
-    if options.modalities == 'image':
-      self._need_decoder()  # before the work, not after it
-    rows = self.generate_tokens([self.prompt_tokens(prompt) for prompt in prompts], options)
+    self._check_options(options)
+    each = [options] * len(prompts) if isinstance(options, SamplingOptions) else list(options)
+    if any(option.modalities == 'image' for option in each):
+      self._need_decoder()
+    tokens = [self.prompt_tokens(prompt) for prompt in prompts]
+    rows = self.generate_tokens(tokens * best_of, each * best_of)
+    if best_of > 1:
+      rows = self._most_likely(tokens, each, rows)
     return self.decode_documents([unrender(row, self.vocabulary, text) for row in rows])
+
+  def _most_likely(self, prompts: list[np.ndarray], options: list[SamplingOptions], rows: list[np.ndarray]) -> list[np.ndarray]:
+    """Of the rows written for each prompt (all prompts once, then again, ..) the most likely."""
+    v = self.vocabulary
+    begun = [
+      np.append(prompt, np.int32(v.begin_image)) if option.modalities == 'image' and open_codes(prompt, v) is None else prompt
+      for prompt, option in zip(prompts, options)
+    ]
+    scores = self._scorer.score([begun[place % len(begun)] for place in range(len(rows))], rows)
+    return [rows[place + len(begun) * best(scores[place :: len(begun)])] for place in range(len(begun))]
+
+  def stream(
+    self,
+    prompts: Sequence[documents.Document],
+    options: Options = SamplingOptions(),
+    *,
+    max_steps: int = 16,
+    preview_every: int | None = None,
+  ) -> Stream:
+    """Continues documents and gives what is written as it is written: an iterator of `sampling.events`.
+
+    One request that cannot be done gives a `Failed` event; the others go on.
+
+    Args:
+      prompts: documents.
+      options: for all, or one for each.
+      max_steps: decode steps between two looks at what came: few for lively text, many for speed.
+      preview_every: rows of codes between two previews of a picture under way; None for none.
+
+    Raises:
+      CheckpointError: a part that every request needs is missing.
+    """
+    text = self._need(self.parts.text_tokenizer, 'text tokenizer')
+    self._check_options(options)
+    given: list[np.ndarray | ChameleonError] = []
+    for prompt in prompts:
+      try:
+        given.append(self.prompt_tokens(prompt))
+      except ChameleonError as error:
+        given.append(error)
+    has_decoder = 'decoder' in (self.parts.vqgan_params or {})
+    return Stream(
+      self.engine(),
+      given,
+      options,
+      vocabulary=self.vocabulary,
+      text_tokenizer=text,
+      n_image_tokens=1 if self.parts.vqgan_config is None else self.n_image_tokens,
+      decode=self.decode_codes if has_decoder else None,
+      max_steps=max_steps,
+      preview_every=preview_every if has_decoder else None,
+    )
+
+  @functools.cached_property
+  def _scorer(self) -> Scorer:
+    return Scorer(self.config, self.parts.transformer_params, self.vocabulary)
+
+  def score(self, prompts: Sequence[documents.Document], continuations: Sequence[documents.Document | str]) -> list[Score]:
+    """Log-likelihood of what could follow each prompt.
+
+    Args:
+      prompts: as for `generate`: a conversation that ends with a prompt is scored on its answer.
+      continuations: text, or a plain document of text and pictures; nothing is added behind it.
+
+    Returns:
+      Natural logarithms, see `sampling.scoring.Score`.
+
+    Raises:
+      PromptError: different numbers of prompts and continuations, or a pair longer than the context.
+    """
+    tails = [documents.Document.plain(tail) if isinstance(tail, str) else tail for tail in continuations]
+    return self._scorer.score([self.prompt_tokens(prompt) for prompt in prompts], [self.prompt_tokens(tail)[1:] for tail in tails])
 
   def decode_documents(self, given: Sequence[documents.Document]) -> list[documents.Document]:
     """Replaces every complete `Codes` segment by its picture; all pictures are decoded together."""

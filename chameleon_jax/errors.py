@@ -3,6 +3,8 @@
 The command line prints that line and exits with 1; library callers may catch `ChameleonError`.
 """
 
+from typing import Any
+
 
 class ChameleonError(ValueError):
   """Base of every error that input, files or settings can cause."""
@@ -26,3 +28,19 @@ class ImageError(DataError):
 
 class PromptError(ChameleonError):
   """A prompt cannot be sampled from: too long, empty, or of the wrong form."""
+
+
+class SamplingError(ChameleonError):
+  """Requests of a batch failed while they were sampled; the others went on to their end.
+
+  Attributes:
+    failures: place of each failed request in the batch -> one line.
+    results: what every request wrote, in the order of the batch; of a failed one, what it wrote before.
+  """
+
+  def __init__(self, failures: dict[int, str], results: list[Any]):
+    first = min(failures)
+    more = f' (and {len(failures) - 1} more)' if len(failures) > 1 else ''
+    super().__init__(f'prompt {first}: {failures[first]}{more}')
+    self.failures = failures
+    self.results = results

@@ -9,10 +9,10 @@ def require(condition: bool, message: str) -> None:
 def require_positive(config: object, *names: str) -> None:
   for name in names:
     value = getattr(config, name)
-    require(value > 0, f'{type(config).__name__}.{name} must be positive, got {value}')
+    require(bool(value > 0), f'{type(config).__name__}.{name} must be positive, got {value}')
 
 
 def require_fraction(config: object, *names: str) -> None:
   for name in names:
     value = getattr(config, name)
-    require(0 <= value <= 1, f'{type(config).__name__}.{name} must lie in [0, 1], got {value}')
+    require(bool(0 <= value <= 1), f'{type(config).__name__}.{name} must lie in [0, 1], got {value}')

@@ -57,7 +57,7 @@ class SamplingOptions:
     require_positive(self, 'max_new_tokens', 'temperature', 'image_temperature', 'repetition_penalty')
     for name in ('top_p', 'image_top_p'):
       value = getattr(self, name)
-      require(0 < value <= 1, f'{name} must lie in (0, 1], got {value}')
+      require(bool(0 < value <= 1), f'{name} must lie in (0, 1], got {value}')
     for name in ('guidance_text', 'guidance_image', 'temperature', 'image_temperature', 'repetition_penalty'):
       value = getattr(self, name)
       require(abs(value) < float('inf'), f'{name} must be a finite number, got {value}')  # false for NaN too

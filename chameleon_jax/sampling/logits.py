@@ -20,6 +20,7 @@ This file knows no model and no vocabulary. Source: spec model.md 8.2 and 8.3.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -65,23 +66,34 @@ class DrawSteps:
   random: bool
   truncated: bool
 
+  def covers(self, other: 'DrawSteps') -> bool:
+    """Whether a program with these steps also does for rows that need `other`: the same streams, and no step missing."""
+    pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other))
+    return self.guided == other.guided and all(mine or not theirs for mine, theirs in pairs)
 
-def make_settings(options: SamplingOptions, batch: int) -> DrawSettings:
-  """The same settings for every one of `batch` rows (numpy)."""
+  @property
+  def count(self) -> int:
+    """Number of steps."""
+    return sum(dataclasses.astuple(self))
+
+
+def make_settings(options: Sequence[SamplingOptions]) -> DrawSettings:
+  """The settings of each row (numpy)."""
   names = [field.name for field in dataclasses.fields(DrawSettings)]
-  values = {name: getattr(options, name) for name in names}
-  return DrawSettings(**{name: np.full(batch, value, bool if isinstance(value, bool) else np.float32) for name, value in values.items()})
+  kinds = {name: bool if name.endswith('greedy') else np.float32 for name in names}
+  return DrawSettings(**{name: np.array([getattr(o, name) for o in options], kinds[name]) for name in names})
 
 
-def make_steps(options: SamplingOptions) -> DrawSteps:
-  """The steps that `options` need."""
-  text, image = options.modalities != 'image', options.modalities != 'text'
-  random_text, random_image = text and not options.greedy, image and not options.image_greedy
+def make_steps(options: Sequence[SamplingOptions], *, guided: bool) -> DrawSteps:
+  """The steps that a batch of `options` needs; `guided`: whether any row is inside a guided picture."""
+  text = [o for o in options if o.modalities != 'image']
+  image = [o for o in options if o.modalities != 'text']
+  random_text, random_image = [o for o in text if not o.greedy], [o for o in image if not o.image_greedy]
   return DrawSteps(
-    guided=options.guided and image,
-    penalised=text and options.repetition_penalty != 1,
-    random=random_text or random_image,
-    truncated=(random_text and options.top_p < 1) or (random_image and options.image_top_p < 1),
+    guided=guided,
+    penalised=any(o.repetition_penalty != 1 for o in text),
+    random=bool(random_text or random_image),
+    truncated=any(o.top_p < 1 for o in random_text) or any(o.image_top_p < 1 for o in random_image),
   )
 
 

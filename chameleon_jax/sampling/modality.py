@@ -4,13 +4,15 @@ Modality is data per row, not control flow, so rows in text, inside a picture an
 
     mode           allowed                                                          next
     TEXT           text tokens, end_sequence, end_turn if asked for,                TEXT / DONE / IMAGE(0)
-                   begin_image if the budget and the context leave room
+                   begin_image if the budget and the context leave room;
+                   begin_image alone where a picture is owed and room runs out
     IMAGE(i < n)   image tokens                                                     IMAGE(i + 1)
     IMAGE(n)       end_image                                                        TEXT
     DONE           pad                                                              DONE
 
-A row is DONE after end_sequence or end_turn, or when nothing remains; a row that writes a single picture
-(`modalities='image'`) after its n-th code, without end_image, as the released sampler does.
+A row is DONE after end_sequence, end_turn or one of its own stop tokens, or when nothing remains; a row that writes a
+single picture (`modalities='image'`) after its n-th code, without end_image, as the released sampler does. Banned
+tokens are taken out of what TEXT and IMAGE(i < n) allow. A row that owes pictures (`min_images`) may not end in text.
 
 Room for a picture. A picture takes n + 2 tokens (begin_image, n codes, end_image), so begin_image needs
 `remaining >= n + 2`, where `remaining` counts what the row may still draw. Beside this budget the context has a rule
@@ -27,6 +29,8 @@ Example, n = 2, a budget of 9 (B begin_image, E end_image, # end_sequence, c cod
 
 This file knows no model, no logits and no cache. Source: spec model.md 8.2 to 8.4 and the table above.
 """
+
+from collections.abc import Sequence
 
 import flax.struct
 import jax.numpy as jnp
@@ -70,12 +74,14 @@ class Rules:
     single_picture: is done after the last code of its picture.
     end_turn: may draw end_turn.
     max_images: pictures it may open at most (one open at the end of the prompt counts).
+    min_images: pictures it must open before it may end.
   """
 
   pictures: Bool[AnyArray, ' B']
   single_picture: Bool[AnyArray, ' B']
   end_turn: Bool[AnyArray, ' B']
   max_images: Int[AnyArray, ' B']
+  min_images: Int[AnyArray, ' B']
 
 
 @flax.struct.dataclass
@@ -112,14 +118,15 @@ def token_table(vocabulary: Vocabulary, *, n_image_tokens: int, max_seq_len: int
   return TokenTable(kind=kind, n_image_tokens=n_image_tokens, max_seq_len=max_seq_len)
 
 
-def make_rules(options: SamplingOptions, batch: int) -> Rules:
-  """The same rules for every one of `batch` rows."""
-  max_images = UNLIMITED if options.max_images is None else options.max_images
+def make_rules(options: Sequence[SamplingOptions]) -> Rules:
+  """The rules of each row (numpy)."""
+  most = [UNLIMITED if o.max_images is None else o.max_images for o in options]
   return Rules(
-    pictures=np.full(batch, options.modalities == 'mixed'),
-    single_picture=np.full(batch, options.modalities == 'image'),
-    end_turn=np.full(batch, options.stop_at_end_turn),
-    max_images=np.full(batch, max_images, np.int32),
+    pictures=np.array([o.modalities == 'mixed' for o in options], bool),
+    single_picture=np.array([o.modalities == 'image' for o in options], bool),
+    end_turn=np.array([o.stop_at_end_turn for o in options], bool),
+    max_images=np.array(most, np.int32),
+    min_images=np.array([o.min_images for o in options], np.int32),
   )
 
 
@@ -149,24 +156,43 @@ def may_begin_image(state: RowState, rules: Rules, table: TokenTable) -> Bool[An
   return permitted & (state.remaining >= picture) & (state.position < table.max_seq_len - picture)
 
 
-def allowed(state: RowState, rules: Rules, table: TokenTable) -> Bool[Array, 'B V']:
-  """The tokens each row may draw next, by the table at the top of this file. At least one per row."""
+def must_begin_image(state: RowState, rules: Rules, table: TokenTable) -> Bool[AnyArray, ' B']:
+  """Whether a row in text owes so many pictures that one more text token would leave no room for them.
+
+  Example, n = 2 (a picture takes 4), two pictures owed: a row with 9 tokens left may write one of text, with 8 none.
+  """
+  picture = table.n_image_tokens + 2
+  owed = rules.min_images - state.images
+  spare = (state.remaining - 1 >= owed * picture) & (state.position + 1 + (owed - 1) * picture < table.max_seq_len - picture)
+  return rules.pictures & (owed > 0) & ~spare
+
+
+def allowed(state: RowState, rules: Rules, table: TokenTable, banned: Bool[AnyArray, 'B V']) -> Bool[Array, 'B V']:
+  """The tokens each row may draw next, by the table at the top of this file. None where a row has all of them banned."""
   text = state.mode == TEXT
   image = state.mode == IMAGE
   filled = state.codes >= table.n_image_tokens
+  free = text & ~must_begin_image(state, rules, table)
+  may_end = free & (state.images >= rules.min_images)
   by_kind = [jnp.zeros_like(text)] * 8
-  by_kind[TEXT_TOKEN] = text
-  by_kind[END_SEQUENCE] = text
-  by_kind[END_TURN] = text & rules.end_turn
+  by_kind[TEXT_TOKEN] = free
+  by_kind[END_SEQUENCE] = may_end
+  by_kind[END_TURN] = may_end & rules.end_turn
   by_kind[BEGIN_IMAGE] = text & may_begin_image(state, rules, table)
   by_kind[CODE] = image & ~filled
   by_kind[END_IMAGE] = image & filled
   by_kind[PAD] = state.mode == DONE
-  return jnp.take(jnp.stack(by_kind, axis=1), table.kind, axis=1)
+  forced = (image & filled) | (state.mode == DONE)
+  return jnp.take(jnp.stack(by_kind, axis=1), table.kind, axis=1) & (~jnp.asarray(banned) | forced[:, None])
 
 
-def advance(state: RowState, token: Int[AnyArray, ' B'], rules: Rules, table: TokenTable) -> RowState:
-  """The state after each row drew `token`, which must be one of its `allowed` tokens; DONE rows stay as they are."""
+def advance(
+  state: RowState, token: Int[AnyArray, ' B'], rules: Rules, table: TokenTable, *, stop: Bool[AnyArray, ' B']
+) -> RowState:
+  """The state after each row drew `token`, which must be one of its `allowed` tokens; DONE rows stay as they are.
+
+  `stop`: rows for which this token is one of their own stop tokens.
+  """
   kind = jnp.take(table.kind, token)
   active = state.mode != DONE
   drew = active.astype(jnp.int32)
@@ -174,7 +200,7 @@ def advance(state: RowState, token: Int[AnyArray, ' B'], rules: Rules, table: To
   code = kind == CODE
   codes = jnp.where(code, state.codes + 1, 0)
   remaining = state.remaining - drew
-  stopped = (kind == END_SEQUENCE) | (kind == END_TURN) | (remaining <= 0)
+  stopped = (kind == END_SEQUENCE) | (kind == END_TURN) | (remaining <= 0) | stop
   stopped |= rules.single_picture & code & (codes >= table.n_image_tokens)
   mode = jnp.where(opened | code, IMAGE, TEXT)
   mode = jnp.where(~active | stopped, DONE, mode)

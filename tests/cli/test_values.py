@@ -27,13 +27,13 @@ def _train_config(**changes):
   return dataclasses.replace(config, **changes)
 
 
-# Every dataclass of config.py; those with required fields get an instance here.
+# Every dataclass of config/; those with required fields get an instance here.
 EXAMPLES = {
     configs.TransformerConfig: [presets.chameleon_7b(), presets.chameleon_34b(), presets.tiny_transformer()],
     configs.StageConfig: [configs.StageConfig(fraction=1.0, weights=(('a', 1.0), ('b', 2.0)))],
     configs.TrainConfig: [_train_config(), _train_config(tokenizers='folder', init_from='other')],
 }
-ALL_CONFIGS = [value for value in vars(configs).values() if dataclasses.is_dataclass(value) and value.__module__ == configs.__name__]
+ALL_CONFIGS = [value for value in vars(configs).values() if dataclasses.is_dataclass(value) and value.__module__.startswith(configs.__name__)]
 
 
 def test_the_list_of_configs_is_not_empty():

@@ -13,7 +13,7 @@ from chameleon_jax.config import SamplingOptions
 from chameleon_jax.errors import CheckpointError, PromptError
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.presets import tiny_transformer, tiny_vocabulary
-from chameleon_jax.sampling import engine, loop
+from chameleon_jax.sampling import engine, loop, requests, streams
 from chameleon_jax.tokens.vocabulary import Vocabulary
 
 CONFIG = tiny_transformer(max_seq_len=48, init_std=0.3)  # weights large enough that the context decides
@@ -28,7 +28,7 @@ def params():
 
 @functools.cache
 def sampler():
-  return engine.Sampler(CONFIG, params(), V, n_image_tokens=N)
+  return engine.Engine(CONFIG, params(), V, n_image_tokens=N)
 
 
 @functools.cache
@@ -89,7 +89,7 @@ def test_mixed_rows_with_forced_pictures(reference):
 def test_rows_do_not_depend_on_batch_or_batch_size():
   options = SamplingOptions(max_new_tokens=28, temperature=1.0, seed=7)
   whole = sampler().generate_tokens(prompts(), options)
-  small = engine.Sampler(CONFIG, params(), V, n_image_tokens=N, max_batch_size=1).generate_tokens(prompts(), options)
+  small = engine.Engine(CONFIG, params(), V, n_image_tokens=N, max_rows=1).generate_tokens(prompts(), options)
   first = sampler().generate_tokens(prompts()[:1], options)
   assert [row.tolist() for row in whole] == [row.tolist() for row in small]
   assert whole[0].tolist() == first[0].tolist()
@@ -104,7 +104,7 @@ def test_seeds_differ_and_repeat():
 def test_settings_compile_nothing_new():
   base = SamplingOptions(modalities='text', max_new_tokens=12)
   sampler().generate_tokens(prompts(), base)
-  before = loop.prefill._cache_size(), loop.decode._cache_size()
+  before = loop.fill._cache_size(), loop.decode._cache_size()
   for change in (
     {'temperature': 0.5},
     {'top_p': 0.8},
@@ -114,7 +114,7 @@ def test_settings_compile_nothing_new():
     {'repetition_penalty': 1.3},
   ):
     sampler().generate_tokens([prompt[:-1] for prompt in prompts()], dataclasses.replace(base, **change))
-  assert (loop.prefill._cache_size(), loop.decode._cache_size()) == before
+  assert (loop.fill._cache_size(), loop.decode._cache_size()) == before
 
 
 def test_limits():
@@ -129,7 +129,7 @@ def test_limits():
 
 def test_a_prompt_of_begin_image_alone_has_room_for_all_streams():
   tight = dataclasses.replace(CONFIG, max_seq_len=N + 1)
-  codes = engine.Sampler(tight, params(), V, n_image_tokens=N).generate_tokens(
+  codes = engine.Engine(tight, params(), V, n_image_tokens=N).generate_tokens(
     [np.array([V.begin_image])], SamplingOptions(modalities='image')
   )
   assert len(codes[0]) == N and V.is_image[codes[0]].all()
@@ -159,15 +159,15 @@ def test_bad_prompts(prompt, options, message):
 
 def test_vocabulary_of_another_model():
   with pytest.raises(CheckpointError, match='128 ids and the transformer 64'):
-    engine.Sampler(dataclasses.replace(CONFIG, vocab_size=64), params(), V, n_image_tokens=N)
+    engine.Engine(dataclasses.replace(CONFIG, vocab_size=64), params(), V, n_image_tokens=N)
 
 
 def test_open_codes_examples():
   b, e = V.begin_image, V.end_image
   cases = {(0, b, 4, 5, 6): 3, (0, 50, b): 0, (0, b, 4, 5, e): None, (0, 50): None, (4, 5): None, (b,): 0}
-  assert {prompt: engine.open_codes(np.array(prompt), V) for prompt in cases} == cases
+  assert {prompt: requests.open_codes(np.array(prompt), V) for prompt in cases} == cases
 
 
 @pytest.mark.parametrize(('n', 'smallest', 'expected'), [(0, 1, 1), (1, 1, 1), (3, 1, 4), (4, 1, 4), (5, 16, 16), (17, 16, 32)])
-def test_bucket(n, smallest, expected):
-  assert engine.bucket(n, smallest=smallest) == expected
+def test_power_of_two(n, smallest, expected):
+  assert streams.power_of_two(n, smallest=smallest) == expected

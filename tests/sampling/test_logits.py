@@ -9,7 +9,7 @@ from chameleon_jax.sampling import logits as drawing
 
 
 def settings(batch=1, **options):
-  return drawing.make_settings(SamplingOptions(**options), batch)
+  return drawing.make_settings([SamplingOptions(**options)] * batch)
 
 
 def no_guidance(**options):
@@ -82,8 +82,8 @@ def process(logits, *, in_image, seen=None, allowed=None, options):
       allowed,
       np.array(in_image),
       seen,
-      settings=drawing.make_settings(options, batch),
-      steps=drawing.make_steps(options),
+      settings=drawing.make_settings([options] * batch),
+      steps=drawing.make_steps([options], guided=options.guided),
     )
   )
 
@@ -116,12 +116,13 @@ def test_truncation_comes_after_masking_and_temperature():
 
 
 def test_steps_left_out_are_those_without_effect():
-  steps = drawing.make_steps(no_guidance(greedy=True, image_greedy=True, repetition_penalty=1.0))
+  steps = drawing.make_steps([no_guidance(greedy=True, image_greedy=True, repetition_penalty=1.0)], guided=False)
   assert steps == drawing.DrawSteps(guided=False, penalised=False, random=False, truncated=False)
-  assert drawing.make_steps(SamplingOptions()) == drawing.DrawSteps(guided=True, penalised=True, random=True, truncated=True)
-  assert not drawing.make_steps(SamplingOptions(modalities='text')).guided
-  assert not drawing.make_steps(SamplingOptions(modalities='image')).penalised
-  assert not drawing.make_steps(SamplingOptions(modalities='text', greedy=True)).random
+  assert drawing.make_steps([SamplingOptions()], guided=True) == drawing.DrawSteps(guided=True, penalised=True, random=True, truncated=True)
+  assert not drawing.make_steps([SamplingOptions(modalities='image')], guided=True).penalised
+  assert not drawing.make_steps([SamplingOptions(modalities='text', greedy=True)], guided=False).random
+  mates = [SamplingOptions(modalities='text', greedy=True), SamplingOptions(modalities='text', top_p=1.0)]
+  assert drawing.make_steps(mates, guided=False) == drawing.DrawSteps(guided=False, penalised=True, random=True, truncated=False)
 
 
 def draw(scores, *, options, in_image=None, keys=None, drawn=0):
@@ -132,8 +133,8 @@ def draw(scores, *, options, in_image=None, keys=None, drawn=0):
       np.zeros(batch, bool) if in_image is None else np.array(in_image),
       drawing.row_keys(options.seed, np.arange(batch)) if keys is None else keys,
       np.full(batch, drawn),
-      settings=drawing.make_settings(options, batch),
-      steps=drawing.make_steps(options),
+      settings=drawing.make_settings([options] * batch),
+      steps=drawing.make_steps([options], guided=options.guided),
     )
   )
 

@@ -23,19 +23,29 @@ def table(max_seq_len=ROOMY, n=N):
 
 
 def rules(**options):
-  return modality.make_rules(SamplingOptions(**options), 1)
+  return modality.make_rules([SamplingOptions(**options)])
 
 
 def state(mode, *, codes=0, remaining=50, position=10, images=0):
   return modality.RowState(*(np.array([value], np.int32) for value in (mode, codes, remaining, position, images, 0)))
 
 
-def allowed(row, row_rules, row_table=None):
-  return set(np.flatnonzero(np.asarray(modality.allowed(row, row_rules, row_table or table()))[0]))
+def nothing_banned(batch=1):
+  return np.zeros((batch, VOCABULARY.size), bool)
 
 
-def after(row, token, row_rules, row_table=None):
-  moved = modality.advance(row, np.array([token], np.int32), row_rules, row_table or table())
+def allowed(row, row_rules, row_table=None, *, banned=()):
+  mask = nothing_banned()
+  mask[0, list(banned)] = True
+  return set(np.flatnonzero(np.asarray(modality.allowed(row, row_rules, row_table or table(), mask))[0]))
+
+
+def advance(row, token, row_rules, *, stop=False):
+  return modality.advance(row, np.array([token], np.int32), row_rules, table(), stop=np.array([stop]))
+
+
+def after(row, token, row_rules, *, stop=False):
+  moved = advance(row, token, row_rules, stop=stop)
   return int(moved.mode[0]), int(moved.codes[0])
 
 
@@ -85,10 +95,43 @@ def test_advance_is_the_truth_table(row, token, row_rules, expected):
   assert after(row, token, row_rules) == expected
 
 
+@pytest.mark.parametrize(
+  ('row', 'row_rules', 'expected'),
+  [
+    (state(TEXT), rules(min_images=1), WRITTEN | {BEGIN}),  # owes one: may not end
+    (state(TEXT, images=1), rules(min_images=1, max_images=1), WRITTEN | {END, TURN}),
+    (state(TEXT, remaining=9), rules(min_images=2), WRITTEN | {BEGIN}),  # the drawn example: one of text to spare
+    (state(TEXT, remaining=8), rules(min_images=2), {BEGIN}),
+    (state(TEXT, images=1, remaining=5), rules(min_images=2), WRITTEN | {BEGIN}),
+    (state(TEXT, images=1, remaining=4), rules(min_images=2), {BEGIN}),
+    (state(TEXT, position=ROOMY - 6), rules(min_images=1), WRITTEN | {BEGIN}),  # the context rule: begin_image below 96
+    (state(TEXT, position=ROOMY - 5), rules(min_images=1), {BEGIN}),
+    (state(TEXT, position=ROOMY - 9), rules(min_images=2), {BEGIN}),
+  ],
+)
+def test_rows_that_owe_pictures(row, row_rules, expected):
+  assert allowed(row, row_rules) == expected
+
+
+def test_banned_tokens():
+  banned = {12, 13, END, 5, BEGIN, CLOSE, PAD}
+  assert allowed(state(TEXT), MIXED, banned=banned) == {14, TURN}
+  assert allowed(state(IMAGE, codes=1), MIXED, banned=banned) == {4, 6}
+  assert allowed(state(IMAGE, codes=2), MIXED, banned=banned) == {CLOSE}  # the grammar's own tokens stay
+  assert allowed(state(DONE), MIXED, banned=banned) == {PAD}
+  assert allowed(state(IMAGE, codes=1), MIXED, banned=CODES) == set()
+
+
+@pytest.mark.parametrize(('row', 'token'), [(state(TEXT), 13), (state(TEXT), BEGIN), (state(IMAGE, codes=0), 4), (state(IMAGE, codes=2), CLOSE)])
+def test_stop_tokens_end_a_row_anywhere(row, token):
+  assert after(row, token, MIXED, stop=True)[0] == DONE
+  assert after(row, token, MIXED)[0] != DONE
+
+
 def test_counters():
-  row = modality.advance(state(TEXT, remaining=9, position=5), np.array([BEGIN], np.int32), MIXED, table())
+  row = advance(state(TEXT, remaining=9, position=5), BEGIN, MIXED)
   assert [int(x[0]) for x in (row.remaining, row.position, row.images, row.drawn)] == [8, 6, 1, 1]
-  still = modality.advance(state(DONE, remaining=9, position=5), np.array([PAD], np.int32), MIXED, table())
+  still = advance(state(DONE, remaining=9, position=5), PAD, MIXED)
   assert [int(x[0]) for x in (still.remaining, still.position, still.images, still.drawn)] == [9, 5, 0, 0]
 
 
@@ -98,7 +141,7 @@ def test_the_drawn_example():
   for token in (13, BEGIN, 4, 5, CLOSE, 13, END):
     assert token in allowed(row, MIXED)
     seen.append((int(row.mode[0]), int(row.codes[0]), int(row.remaining[0])))
-    row = modality.advance(row, np.array([token], np.int32), MIXED, table())
+    row = advance(row, token, MIXED)
   seen.append((int(row.mode[0]), int(row.codes[0]), int(row.remaining[0])))
   assert seen == [(TEXT, 0, 9), (TEXT, 0, 8), (IMAGE, 0, 7), (IMAGE, 1, 6), (IMAGE, 2, 5), (TEXT, 0, 4), (TEXT, 0, 3), (DONE, 0, 2)]
 
@@ -129,10 +172,10 @@ def test_random_walks_are_well_formed(modalities):
   options = SamplingOptions(modalities=modalities, max_images=2)
   lengths = rng.integers(1, 12, batch)
   budget = np.full(batch, n) if modalities == 'image' else np.minimum(rng.integers(1, 25, batch), context - lengths)
-  walk_table, walk_rules = table(max_seq_len=context, n=n), modality.make_rules(options, batch)
+  walk_table, walk_rules = table(max_seq_len=context, n=n), modality.make_rules([options] * batch)
   row = modality.init_state(lengths, open_codes=np.full(batch, 0 if modalities == 'image' else -1), remaining=budget)
-  step = jax.jit(lambda row, token: modality.advance(row, token, walk_rules, walk_table))
-  mask = jax.jit(lambda row: modality.allowed(row, walk_rules, walk_table))
+  step = jax.jit(lambda row, token: modality.advance(row, token, walk_rules, walk_table, stop=np.zeros(batch, bool)))
+  mask = jax.jit(lambda row: modality.allowed(row, walk_rules, walk_table, nothing_banned(batch)))
   tokens = []
   while (np.asarray(row.mode) != DONE).any():
     choices = np.asarray(mask(row))
@@ -160,6 +203,6 @@ def test_rows_of_different_rules_share_a_batch():
   parts = [MIXED, TEXT_ONLY, PICTURE]
   stacked = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
   rows = jax.tree.map(lambda *leaves: np.concatenate(leaves), state(TEXT), state(TEXT), state(IMAGE, codes=1))
-  masks = np.asarray(modality.allowed(rows, stacked, table()))
+  masks = np.asarray(modality.allowed(rows, stacked, table(), nothing_banned(3)))
   assert [set(np.flatnonzero(mask)) for mask in masks] == [WRITTEN | {END, TURN, BEGIN}, WRITTEN | {END, TURN}, CODES]
   assert dataclasses.is_dataclass(stacked)

@@ -13,6 +13,8 @@ Parameter tree (L leading when `scan_layers`, else `layers_0` .. in place of `la
 Does not know: the vocabulary, pictures, sampling or the loss.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -145,6 +147,20 @@ def unstack_layers(params: Params) -> Params:
   n_layers = jax.tree.leaves(stacked)[0].shape[0]
   rest = {name: value for name, value in params.items() if name != 'layers'}
   return rest | {f'layers_{index}': jax.tree.map(lambda leaf, index=index: leaf[index], stacked) for index in range(n_layers)}
+
+
+def decoding_params(params: Params, config: TransformerConfig) -> Params:
+  """Parameters on the device, one array per layer; what `linear` would cast at every token is cast once.
+
+  `config.scan_layers` says how `params` are stacked. Arrays that are already so are shared, not copied.
+  """
+
+  def cast(path: Any, leaf: Any) -> Any:
+    name = path[-1].key
+    is_matrix = name.endswith('_proj') or name in ('embedding', 'lm_head')
+    return jnp.asarray(leaf, config.dtype if is_matrix else None)
+
+  return jax.tree_util.tree_map_with_path(cast, unstack_layers(params) if config.scan_layers else params)
 
 
 def stack_layers(params: Params) -> Params:
