@@ -15,12 +15,13 @@ from chameleon_jax.errors import ChameleonError
 from chameleon_jax.interop.convert import FORMATS, convert
 
 FLAGS = flags.FLAGS
+_OPTIONS = ('tokenizer', 'n_shards', 'dtype', 'decoder', 'overwrite', 'verify', 'verify_checklist')
 
 
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f'unexpected argument {argv[1]!r}')
-  options: dict[str, Any] = {name: FLAGS[name].value for name in ('tokenizer', 'n_shards', 'dtype', 'decoder', 'overwrite', 'verify')}
+  options: dict[str, Any] = {name: FLAGS[name].value for name in _OPTIONS}
   try:
     report = convert(FLAGS.source, FLAGS.target, FLAGS.target_format, **options)
   except ChameleonError as error:
@@ -38,4 +39,5 @@ if __name__ == '__main__':
   flags.DEFINE_bool('decoder', None, 'Keep the picture decoder in a Hugging Face target.')
   flags.DEFINE_bool('overwrite', False, 'Replace the checkpoint at --target.')
   flags.DEFINE_bool('verify', True, 'Read the target back and compare.')
+  flags.DEFINE_bool('verify_checklist', False, 'Compare every file of a Meta source with its checklist.chk first.')
   app.run(main)

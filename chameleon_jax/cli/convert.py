@@ -11,6 +11,7 @@ tensor. The target appears when it is whole and was compared with the source ten
 conversion leaves nothing behind.
 """
 
+import os
 import pathlib
 import sys
 import time
@@ -38,6 +39,7 @@ def define_flags() -> None:
   flags.DEFINE_bool('decoder', None, 'keep the picture decoder in a Hugging Face target, as Anole does (default: if the source is one)')
   flags.DEFINE_bool('overwrite', False, 'replace the checkpoint at --target, once the new one is whole')
   flags.DEFINE_bool('verify', True, 'read the target back and compare it with the source')
+  flags.DEFINE_bool('verify_checklist', False, "compare every file of Meta's release, weights included, with its checklist.chk first")
   flags.DEFINE_string('export_tokenizer', None, 'file to write the text tokenizer to, as a text_tokenizer.json; needs no --target')
 
 
@@ -59,9 +61,10 @@ def main(argv: Sequence[str]) -> int:
     raise ConfigError('nothing to do: give --target=DIR and --target_format=FORMAT, or --export_tokenizer=FILE')
   if converts and (values.target is None or values.target_format is None):
     raise ConfigError(f'--{"target=DIR" if values.target is None else "target_format=orbax|meta|huggingface"} is needed as well')
-  if values.export_tokenizer is not None:
-    print(f'wrote {_export_tokenizer(source, pathlib.Path(values.export_tokenizer))}')
+  export = None if values.export_tokenizer is None else pathlib.Path(values.export_tokenizer)
+  exported = b'' if export is None else _exported_tokenizer(source, export)
   if not converts:
+    _write(export, exported)
     return 0
   line = _ProgressLine()
   try:
@@ -75,35 +78,49 @@ def main(argv: Sequence[str]) -> int:
         decoder=values.decoder,
         overwrite=values.overwrite,
         verify=values.verify,
+        verify_checklist=values.verify_checklist,
         on_progress=line if sys.stderr.isatty() else None,
     )
   finally:
     line.end()
   print('\n'.join(report.lines()))
+  _write(export, exported)  # after the conversion, which leaves nothing behind where it fails
   return 0
 
 
-def _export_tokenizer(source: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
-  """Writes the source's text tokenizer as one file: in Hugging Face's form where it is called tokenizer.json, else in Meta's.
+def _exported_tokenizer(source: pathlib.Path, path: pathlib.Path) -> bytes:
+  """The source's text tokenizer as one file: in Hugging Face's form where `path` is called tokenizer.json, else in Meta's.
 
   Raises:
-    ChameleonError: there is none, the file exists, or it cannot be written.
+    ChameleonError: there is none, or `path` exists or lies in the target.
   """
   from chameleon_jax.interop.opening import open_checkpoint
-  from chameleon_jax.tokens.text import write_file
   from chameleon_jax.tokens.text_export import export_json
 
   values = flags.FLAGS
+  if path.is_dir():
+    raise ConfigError(f'--export_tokenizer={path} is a folder; name a file')
   if path.exists() and not values.overwrite:
     raise ConfigError(f'{path} exists; choose another name, or give --overwrite')
+  if values.target is not None and os.path.realpath(values.target) in map(str, pathlib.Path(os.path.realpath(path)).parents):
+    raise ConfigError(f'--export_tokenizer={path} lies in the target, which holds its own text tokenizer; choose another place')
   with open_checkpoint(source, tokenizer=values.tokenizer) as model:
     if model.text_tokenizer is None or model.vocabulary is None:
       raise ConfigError(f'{source} holds no text tokenizer to export')
     form = 'huggingface' if path.name == 'tokenizer.json' else 'meta'
-    data = export_json(model.text_tokenizer, model.vocabulary, form=form)  # type: ignore[arg-type]
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_file(path, data)
-  return path
+    return export_json(model.text_tokenizer, model.vocabulary, form=form)  # type: ignore[arg-type]
+
+
+def _write(path: pathlib.Path | None, data: bytes) -> None:
+  from chameleon_jax.interop.staging import file_errors
+  from chameleon_jax.tokens.text import write_file
+
+  if path is None:
+    return
+  with file_errors(f'{path} could not be written'):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, data)
+  print(f'wrote {path}')
 
 
 class _ProgressLine:

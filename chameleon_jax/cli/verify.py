@@ -6,8 +6,9 @@
 
 A is the reference. Tensors are hashed one at a time in our layout, float32; then both networks run: activations of
 each layer, logits, codes of pictures, decoded pictures; then vocabularies and preprocessing. One differing bit fails
-(--tolerance, --dtype=bfloat16). The table tells where a failure starts, and the fault that it looks like. Exit code 1
-when a check fails. The keys of a golden file: chameleon_jax/interop/verify_golden.py.
+(--tolerance, --dtype=bfloat16). The table tells where a failure starts, and the fault that it looks like. A part that only
+one of them has fails as well, unless --partial is given; the picture decoder, which the port never has, does not. The verdict
+names what was not compared. Exit code 1 when a check fails. The keys of a golden file: chameleon_jax/interop/verify/golden.py.
 """
 
 import json
@@ -33,6 +34,7 @@ def define_flags() -> None:
   flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'type that the weights of both are rounded to before they are compared')
   flags.DEFINE_enum('activations', 'auto', ['auto', 'yes', 'no'], 'run the networks; auto: where memory allows')
   flags.DEFINE_float('tolerance', 0.0, "difference of a tensor, as a share of A's largest value, that still passes", lower_bound=0.0)
+  flags.DEFINE_bool('partial', False, 'compare what both have; parts that only one has do not fail, and the verdict names them')
 
 
 def main(argv: Sequence[str]) -> int:
@@ -53,7 +55,8 @@ def main(argv: Sequence[str]) -> int:
   if output is not None:
     output.parent.mkdir(parents=True, exist_ok=True)
   with _open(paths[0], values.tokenizer_a) as a:
-    options = {'golden': values.golden, 'dtype': values.dtype, 'activations': values.activations, 'tolerance': values.tolerance}
+    names = ('golden', 'dtype', 'activations', 'tolerance', 'partial')
+    options = {name: getattr(values, name) for name in names}
     if len(paths) == 1:
       report = verify(a, log=_log, **options)
     else:

@@ -18,12 +18,12 @@ import numpy as np
 from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop.dtypes import cast
 from chameleon_jax.interop.lazy import Format, LazyModel, TensorSource, TensorSpec
-from chameleon_jax.interop.meta_files import MODELS, TOKENIZER
-from chameleon_jax.interop.native_lazy import write_native
+from chameleon_jax.interop.meta.files import MODELS, TOKENIZER
+from chameleon_jax.interop.native.lazy import write_native
 from chameleon_jax.interop.notices import LICENCES, write_notices
 from chameleon_jax.interop.opening import detect_format, load_parts, open_checkpoint
 from chameleon_jax.interop.read_back import compare
-from chameleon_jax.interop.staging import clear_leftovers, signals_as_exceptions, staged
+from chameleon_jax.interop.staging import clear_leftovers, file_errors, signals_as_exceptions, staged
 
 __all__ = ['ConversionReport', 'Progress', 'convert', 'detect_format', 'load_parts', 'open_checkpoint']
 
@@ -78,6 +78,7 @@ def convert(
     decoder: bool | None = None,
     overwrite: bool = False,
     verify: bool = True,
+    verify_checklist: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> ConversionReport:
   """Writes the checkpoint `source` as `target` in another format, or in the same one.
@@ -96,6 +97,7 @@ def convert(
       that came from a folder of that family with a decoder (Anole) does.
     overwrite: replace a checkpoint that is at `target`; the old one goes when the new one is whole.
     verify: read the target back and compare.
+    verify_checklist: compare every file of a Meta source, the weights included, with its checklist.chk first; see `open_checkpoint`.
     on_progress: called after every tensor.
 
   Raises:
@@ -110,11 +112,11 @@ def convert(
     raise CheckpointError(f'n_shards is for targets in the form of Meta, not for {target_format}; leave it out')
   if decoder is not None and target_format != 'huggingface':
     raise CheckpointError(f'decoder is for targets in the form of Hugging Face, not for {target_format}, which keeps it; leave it out')
-  if target.is_symlink():
-    target = target.resolve()
-  clear_leftovers(target)  # before it is asked whether there is a target: an interrupted replacement may have to be undone
-  _check_places(source, target, tokenizer, overwrite=overwrite)
-  with open_checkpoint(source, tokenizer=tokenizer) as model:
+  with file_errors(f'{target} cannot be looked at'):
+    target = _real(target) if target.is_symlink() else target
+    clear_leftovers(target)  # before it is asked whether there is a target: an interrupted replacement may have to be undone
+    _check_places(source, target, tokenizer, overwrite=overwrite)
+  with open_checkpoint(source, tokenizer=tokenizer, verify_checklist=verify_checklist) as model:
     planned = {'transformer': _stored(model.transformer, dtype), 'vqgan': _stored(model.vqgan, None)}
     n_tensors = sum(map(len, planned.values()))
     n_bytes = sum(spec.nbytes for specs in planned.values() for spec in specs.values())
@@ -122,16 +124,13 @@ def convert(
       raise CheckpointError(f'{source} holds no weights and no text tokenizer; there is nothing to convert')
     _check_space(target, n_bytes + sum(spec.nbytes for spec in model.origin.extras.specs.values()))
     report = _Counter(n_tensors, n_bytes, on_progress)
-    try:
-      with signals_as_exceptions(), staged(target) as folder:
-        write = _writer(kind, n_shards=n_shards, dtype=dtype, decoder=decoder)
-        notes = (*model.notes, *(write(folder, report.watch(model, 'writing')) or ()))
-        write_notices(folder, source, model)
-        if verify:
-          with open_checkpoint(folder) as written:
-            compare(report.watch(model, 'verifying'), written, dtype, target)
-    except OSError as error:
-      raise CheckpointError(f'{target} could not be written: {error.strerror or error}') from error
+    with file_errors(f'{target} could not be written'), signals_as_exceptions(), staged(target) as folder:
+      write = _writer(kind, n_shards=n_shards, dtype=dtype, decoder=decoder)
+      notes = (*model.notes, *(write(folder, report.watch(model, 'writing')) or ()))
+      write_notices(folder, source, model, tokenizer=None if tokenizer is None else pathlib.Path(tokenizer))
+      if verify:
+        with open_checkpoint(folder) as written:
+          compare(report.watch(model, 'verifying'), written, dtype, target)
     return ConversionReport(str(source), model.format, str(target), kind, n_tensors, n_bytes, verify, notes)
 
 
@@ -140,11 +139,11 @@ def _writer(
 ) -> Callable[[pathlib.Path, LazyModel], tuple[str, ...] | None]:
   """The function that writes into an empty folder; it may return notes. The other families are loaded only when asked for."""
   if target_format == 'meta':
-    from chameleon_jax.interop.meta import write_meta
+    from chameleon_jax.interop.meta.reader import write_meta
 
     return functools.partial(write_meta, n_shards=n_shards, dtype=dtype)
   if target_format == 'huggingface':
-    from chameleon_jax.interop.huggingface_writer import write_huggingface
+    from chameleon_jax.interop.huggingface.writer import write_huggingface
 
     return functools.partial(write_huggingface, dtype=dtype, decoder=decoder)
   return functools.partial(write_native, dtype=dtype)
@@ -153,16 +152,21 @@ def _writer(
 # ---------------------------------------------------------------------------------------------- beforehand
 
 
+def _real(path: pathlib.Path) -> pathlib.Path:
+  """The path with its links followed; `Path.resolve` raises on a circle of them, in some versions no OSError."""
+  return pathlib.Path(os.path.realpath(path))
+
+
 def _check_places(source: pathlib.Path, target: pathlib.Path, tokenizer: str | os.PathLike[str] | None, *, overwrite: bool) -> None:
   """Refuses to write over anything that is needed or that is no checkpoint."""
   inputs = [source] if tokenizer is None else [source, pathlib.Path(tokenizer)]
   if detect_format(source) == 'meta':  # whose tokenizer is found by itself, and would go before it is read back
     inputs += [folder / TOKENIZER for folder in source.parents[:2] if (folder / TOKENIZER).is_dir()]
-  place = target.resolve()
+  place = _real(target)
   for given in inputs:
-    if place == given.resolve():
+    if place == _real(given):
       raise CheckpointError(f'{target} is itself a folder to read from; choose another target')
-    if place in given.resolve().parents or given.resolve() in place.parents:
+    if place in _real(given).parents or _real(given) in place.parents:
       raise CheckpointError(f'{target} and {given} lie one inside the other; choose another target')
   if not os.path.lexists(target):
     return

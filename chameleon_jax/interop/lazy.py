@@ -1,6 +1,6 @@
 """An opened checkpoint of any format: tensors under our own names, read one at a time.
 
-Readers (`meta`, `huggingface`, `native`) make a `LazyModel`, writers take one, so that every format converts to every other
+Readers (`meta`, `huggingface`, `native.folder`) make a `LazyModel`, writers take one, so that every format converts to every other
 without a tensor more in memory than the one under way.
 
 Names are paths of the parameter tree with unrolled layers, joined by '/':
@@ -22,6 +22,15 @@ from chameleon_jax.config import TransformerConfig, VocabularyConfig, VQGANConfi
 from chameleon_jax.tokens.text import TextTokenizer
 
 Format = Literal['orbax', 'meta', 'huggingface']
+# The fields of a config that make a network the one it is; others say how it is run or was trained, or how long a row may be.
+TRANSFORMER_FIELDS = (
+    *('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_head', 'd_ff'),
+    *('norm_position', 'norm_eps', 'qk_norm', 'qk_norm_eps', 'rope_theta'),
+)
+VQGAN_FIELDS = (
+    *('resolution', 'n_codes', 'd_code', 'z_channels', 'base_channels', 'channel_multipliers', 'n_res_blocks'),
+    *('patch_size', 'norm_groups'),
+)
 # Notes on a part that is missing, which `opening` takes back where another folder gives the part.
 NO_IMAGE_TOKENIZER = 'the checkpoint has no image tokenizer: it reads and draws no pictures unless one is added'
 NO_DECODER = 'the image tokenizer has no decoder: pictures can be read, not drawn'

@@ -1,6 +1,6 @@
 """Opens a checkpoint of any format, told apart by its files, and puts its weights on the devices.
 
-    orbax         config.json with "format": "chameleon_jax"                    `native_lazy`
+    orbax         config.json with "format": "chameleon_jax"                    `native.lazy`
     meta          params.json beside consolidated*.pth, or vqgan.ckpt            `meta`
     huggingface   config.json of a Chameleon network beside its weights          `huggingface`
 """
@@ -20,12 +20,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from chameleon_jax.array_types import Array, Params, PyTree
 from chameleon_jax.config import Dtype, TransformerConfig
 from chameleon_jax.errors import CheckpointError
-from chameleon_jax.interop.checksums import FILE as CHECKSUMS
 from chameleon_jax.interop.dtypes import stored_dtype
 from chameleon_jax.interop.lazy import NO_DECODER, NO_IMAGE_TOKENIZER, NO_TEXT, Format, LazyModel, TensorSource
-from chameleon_jax.interop.native import ModelParts, abstract_transformer, abstract_vqgan, check_fit
-from chameleon_jax.interop.native_files import CONFIG_FILE, FORMAT
-from chameleon_jax.interop.native_lazy import open_native
+from chameleon_jax.interop.native.checksums import FILE as CHECKSUMS
+from chameleon_jax.interop.native.files import CONFIG_FILE, FORMAT
+from chameleon_jax.interop.native.folder import ModelParts, abstract_transformer, abstract_vqgan, check_fit
+from chameleon_jax.interop.native.lazy import open_native
+from chameleon_jax.interop.staging import file_errors
 from chameleon_jax.interop.trees import TreeFiller, flat, nested
 from chameleon_jax.partitioning import shardings_of
 
@@ -36,27 +37,40 @@ _SEARCH_WIDTH = 64
 
 def detect_format(folder: pathlib.Path) -> Format | None:
   """What kind of checkpoint a folder is, by its files; None where it is none. Never raises."""
-  if _is_native(folder) or (folder / CHECKSUMS).is_file():  # the latter is there even where a damaged config.json is not readable
+  try:
+    checked = (folder / CHECKSUMS).is_file()  # there even where a damaged config.json is not readable
+  except OSError:
+    checked = False
+  if checked or _is_native(folder):
     return 'orbax'
-  from chameleon_jax.interop.huggingface import is_huggingface  # these load libraries that our own folders do not need
-  from chameleon_jax.interop.meta import is_meta
+  from chameleon_jax.interop.huggingface.reader import is_huggingface  # these load libraries that our own folders do not need
+  from chameleon_jax.interop.meta.reader import is_meta
 
   if is_huggingface(folder):
     return 'huggingface'
   return 'meta' if is_meta(folder) else None
 
 
-def open_checkpoint(path: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | None = None) -> LazyModel:
+def open_checkpoint(
+    path: str | os.PathLike[str], *, tokenizer: str | os.PathLike[str] | None = None, verify_checklist: bool = False
+) -> LazyModel:
   """Opens a checkpoint of any format; no tensor is read. Close it, or use it in a `with`.
 
   Args:
     path: the folder with the weights.
     tokenizer: folder with text_tokenizer.json and vqgan.ckpt, where Meta's weights have them neither beside them nor in
       the layout of the release (`models/7b` beside `tokenizer`). Of other formats it gives the parts that they lack.
+    verify_checklist: compare all files of a Meta checkpoint with checklist.chk, which reads them whole; without it the small
+      ones are, where there is a checklist.
 
   Raises:
-    CheckpointError: there is no checkpoint, or it is damaged; where one is found further down, the line names it.
+    CheckpointError: there is no checkpoint, or it is damaged or cannot be read; where one is found further down, the line names it.
   """
+  with file_errors(f'checkpoint folder {os.fspath(path)} cannot be read'):
+    return _opened(path, tokenizer, verify_checklist)
+
+
+def _opened(path: str | os.PathLike[str], tokenizer: str | os.PathLike[str] | None, verify_checklist: bool) -> LazyModel:
   folder = pathlib.Path(path).absolute()
   beside = None if tokenizer is None else pathlib.Path(tokenizer).absolute()
   if not folder.exists():
@@ -68,13 +82,15 @@ def open_checkpoint(path: str | os.PathLike[str], *, tokenizer: str | os.PathLik
   kind = detect_format(folder)
   if kind is None:
     raise _unknown(folder)
+  if verify_checklist and kind != 'meta':
+    raise CheckpointError(f"{folder} is not in Meta's form, which alone comes with a checklist.chk; leave the check out")
   if kind == 'orbax' and beside is None:
     return open_native(folder)
-  from chameleon_jax.interop.huggingface import open_huggingface
-  from chameleon_jax.interop.meta import open_meta
+  from chameleon_jax.interop.huggingface.reader import open_huggingface
+  from chameleon_jax.interop.meta.reader import open_meta
 
   if kind == 'meta':
-    return open_meta(folder, tokenizer=beside)
+    return open_meta(folder, tokenizer=beside, verify_checklist=verify_checklist)
   model = open_native(folder) if kind == 'orbax' else open_huggingface(folder)
   if beside is None:
     return model

@@ -10,20 +10,13 @@ import numpy as np
 
 from chameleon_jax.errors import CheckpointError, DataError
 from chameleon_jax.interop.dtypes import cast
-from chameleon_jax.interop.lazy import NO_TENSORS, LazyModel
+from chameleon_jax.interop.lazy import NO_TENSORS, TRANSFORMER_FIELDS, VQGAN_FIELDS, LazyModel
 from chameleon_jax.tokens.text import PROBES, TextTokenizer
 
 _BLOCK = 1 << 22  # values compared at a time
-# What makes a network the one it is; other fields say how it is run or was trained.
-_NETWORKS = {
-    'transformer_config': (
-        *('vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_head', 'd_ff', 'max_seq_len'),
-        *('norm_position', 'norm_eps', 'qk_norm', 'qk_norm_eps', 'rope_theta'),
-    ),
-    'vqgan_config': (
-        *('resolution', 'n_codes', 'd_code', 'z_channels', 'base_channels', 'channel_multipliers', 'n_res_blocks'),
-        *('patch_size', 'norm_groups'),
-    ),
+_FIELDS = {
+    'transformer_config': (*TRANSFORMER_FIELDS, 'max_seq_len'),
+    'vqgan_config': VQGAN_FIELDS,
     'vocabulary': ('size', 'n_codes', 'n_sentinels', 'n_reserved'),
 }
 
@@ -43,7 +36,7 @@ def compare(model: LazyModel, written: LazyModel, dtype: str | None, target: pat
     for name in ours.specs:
       if name in theirs.specs and not _same(cast(ours.read(name), kept), theirs.read(name)):
         raise CheckpointError(f'{target}: tensor {name} reads back differently; nothing was kept, see whether the disk is sound')
-  for part, fields in _NETWORKS.items():
+  for part, fields in _FIELDS.items():
     config, stored = getattr(model, part), getattr(written, part)
     for field in fields if config is not None and stored is not None else ():
       if getattr(config, field) != getattr(stored, field):

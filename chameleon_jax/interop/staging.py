@@ -6,10 +6,12 @@
 An error, Ctrl-C or a signal turned into an exception removes the first and keeps the old folder. A process killed outright
 leaves its dot folder behind; the next writing of the same place removes it, or moves the old folder back where that is all
 that is left. Does not know what is in the folders.
+
+Locks are POSIX (`fcntl`). Where the system has none, as Windows, two writers of one folder are not kept apart, and what a killed
+process left is removed by the next only where it is this very process's number: nobody can tell whether the others still live.
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -21,6 +23,11 @@ from pathlib import Path
 from types import FrameType
 
 from chameleon_jax.errors import CheckpointError
+
+try:
+  import fcntl
+except ImportError:  # no POSIX
+  fcntl = None  # type: ignore[assignment]
 
 
 @contextlib.contextmanager
@@ -39,12 +46,14 @@ def staged(target: Path) -> Iterator[Path]:
   """
   aside, old = (target.with_name(f'.{target.name}.{state}-{os.getpid()}') for state in ('writing', 'old'))
   made = _make_parents(target.parent)
-  lock = -1
+  lock, mine = -1, False  # whether the folder of that name is ours
   try:
     clear_leftovers(target)
     aside.mkdir()
-    lock = os.open(aside, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    mine = True
+    if fcntl is not None:
+      lock = os.open(aside, os.O_RDONLY)
+      fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     yield aside
     try:
       if target.exists():
@@ -56,7 +65,7 @@ def staged(target: Path) -> Iterator[Path]:
       raise
     remove_tree(old)
   except BaseException:
-    if lock >= 0:  # else the folder of that name is not ours
+    if mine:
       remove_tree(aside)
     if target.exists():
       remove_tree(old)
@@ -73,18 +82,29 @@ def clear_leftovers(target: Path) -> None:
   """Removes what killed processes left beside `target`; a replaced folder whose successor never came is moved back.
 
   Raises:
-    CheckpointError: a living process is writing `target`.
-    OSError: from the file system.
+    CheckpointError: a living process is writing `target`, or the folder above it cannot be looked through or changed.
   """
-  for folder in _beside(target, 'writing'):
-    if _is_locked(folder):
-      raise CheckpointError(f'{target} is being written by another process (into {folder}); wait for it, or end it')
-    remove_tree(folder)
-  for folder in _beside(target, 'old'):
-    if target.exists():
-      remove_tree(folder)
-    else:
-      folder.rename(target)
+  with file_errors(f'{target.parent} cannot be searched for what an interrupted run may have left of {target.name}'):
+    for folder in _beside(target, 'writing'):
+      if _is_locked(folder):
+        raise CheckpointError(f'{target} is being written by another process (into {folder}); wait for it, or end it')
+      if fcntl is not None or folder.name.endswith(f'-{os.getpid()}'):
+        remove_tree(folder)
+    for folder in _beside(target, 'old'):
+      if target.exists():
+        remove_tree(folder)
+      else:
+        folder.rename(target)
+
+
+@contextlib.contextmanager
+def file_errors(what: str) -> Iterator[None]:
+  """Turns an OSError of the block into a CheckpointError of one line: `what`, the reason, and the file where it is another one."""
+  try:
+    yield
+  except OSError as error:
+    file = '' if error.filename is None or str(error.filename) in what else f' ({error.filename})'
+    raise CheckpointError(f'{what}: {" ".join(str(error.strerror or error).split())}{file}') from error
 
 
 def remove_tree(folder: Path) -> None:
@@ -109,7 +129,8 @@ def signals_as_exceptions() -> Iterator[None]:
 
   mine = []
   if threading.current_thread() is threading.main_thread():
-    mine = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is signal.SIG_DFL]
+    numbers = [getattr(signal, name) for name in ('SIGTERM', 'SIGHUP') if hasattr(signal, name)]  # Windows has no SIGHUP
+    mine = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
   for number in mine:
     signal.signal(number, stop)
   try:
@@ -125,9 +146,17 @@ def _make_parents(folder: Path) -> list[Path]:
   while not folder.exists():
     missing.append(folder)
     folder = folder.parent
-  for parent in reversed(missing):
-    parent.mkdir(exist_ok=True)
-  return missing
+  made: list[Path] = []
+  try:
+    for parent in reversed(missing):
+      parent.mkdir(exist_ok=True)
+      made.insert(0, parent)
+  except OSError:
+    for parent in made:
+      with contextlib.suppress(OSError):
+        parent.rmdir()
+    raise
+  return made
 
 
 def _beside(target: Path, state: str) -> list[Path]:
@@ -138,6 +167,8 @@ def _beside(target: Path, state: str) -> list[Path]:
 
 
 def _is_locked(folder: Path) -> bool:
+  if fcntl is None:
+    return False
   try:
     descriptor = os.open(folder, os.O_RDONLY)
   except OSError:  # gone since it was listed

@@ -1,5 +1,6 @@
 """Parameter trees as tables of names, and back: what readers and writers of whole checkpoints share."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,12 @@ def check_shapes(where: object, found: Mapping[str, Any], expected: Mapping[str,
 
 
 def stored_vqgan_shapes(config: VQGANConfig, stored: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-  """What the image tokenizer must hold: without a single tensor of the decoder, it is one that has none."""
+  """What the image tokenizer must hold: without a single tensor of the decoder, it is one that has none.
+
+  Raises:
+    CheckpointError: the number of levels or blocks in the config is not that of the stored names.
+  """
+  check_vqgan_levels('the image tokenizer', config, stored)
   return vqgan_specs(config, decoder=any(name.startswith('decoder/') for name in stored))
 
 
@@ -57,6 +63,43 @@ def group_shapes(config: TransformerConfig) -> dict[str, dict[str, tuple[int, ..
   for name, shape in transformer_specs(config).items():
     groups.setdefault(name.split('/')[0], {})[name] = shape
   return groups
+
+
+def check_n_layers(folder: Path, config: TransformerConfig, leaves: Mapping[str, Any] | None = None) -> None:
+  """Compares the number of layers with what is stored, before anything is counted out by it: it may be absurd.
+
+  Args:
+    folder: of the transformer.
+    config: what config.json says.
+    leaves: the stored parameters of a folder of version 1, by name; else each layer has a folder of its own.
+
+  Raises:
+    CheckpointError: there are fewer than the config says.
+  """
+  stacked = [leaf.shape[0] for name, leaf in (leaves or {}).items() if name.startswith('layers/') and leaf.shape]
+  if stacked:
+    found = int(stacked[0])
+  elif leaves is not None:
+    found = len({name.split('/')[0] for name in leaves if name.startswith('layers_')})
+  else:
+    found = sum(1 for path in folder.glob('layers_*') if path.is_dir())
+  if found < config.n_layers:
+    first = next((index for index in range(found) if not stacked and leaves is None and not (folder / f'layers_{index}').is_dir()), found)
+    where = f'no saved parameters at {folder}/layers_{first}'
+    raise CheckpointError(f'{where}: config.json asks for {config.n_layers} layers, {found} are there; copy the folder again')
+
+
+def check_vqgan_levels(where: object, config: VQGANConfig, stored: Mapping[str, Any]) -> None:
+  """Compares the number of levels, and of blocks in each, with the names of stored parameters, before the network is built.
+
+  Raises:
+    CheckpointError: they differ.
+  """
+  places = [match for name in stored if (match := re.match(r'encoder/down_(\d{1,6})/(?:block_(\d{1,6})/)?', name))]
+  found = len({match[1] for match in places}), len({match[2] for match in places if match[2]})
+  if found != (len(config.channel_multipliers), config.n_res_blocks):
+    asked = f'{len(config.channel_multipliers)} levels of {config.n_res_blocks} blocks'
+    raise CheckpointError(f'{where} holds {found[0]} levels of {found[1]} blocks, its config.json asks for {asked}; copy the folder again')
 
 
 def check_groups(folder: Path, groups: Mapping[str, object]) -> None:

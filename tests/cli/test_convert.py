@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -39,7 +40,7 @@ def test_every_flag_reaches_the_converter(tmp_path, monkeypatch, capsys):
     return converter.ConversionReport('a', 'meta', 'b', 'meta', 1, 2, False, ())
 
   monkeypatch.setattr(converter, 'convert', convert)
-  flags = ['--tokenizer=t', '--n_shards=4', '--dtype=float16', '--nodecoder', '--overwrite', '--noverify']
+  flags = ['--tokenizer=t', '--n_shards=4', '--dtype=float16', '--nodecoder', '--overwrite', '--noverify', '--verify_checklist']
   assert main(['convert', '--source=a', '--target=b', '--target_format=meta', *flags]) == 0
   assert seen.pop('arguments') == (pathlib.Path('a'), 'b', 'meta')
   assert seen == {
@@ -49,6 +50,7 @@ def test_every_flag_reaches_the_converter(tmp_path, monkeypatch, capsys):
       'decoder': False,
       'overwrite': True,
       'verify': False,
+      'verify_checklist': True,
       'on_progress': None,
   }
   assert capsys.readouterr().out == 'wrote b: meta, 1 tensors, 0.00 GB\n'
@@ -67,6 +69,44 @@ def test_ours_is_exported_as_a_text_tokenizer(tiny_model_folder, tmp_path, capsy
   port = tmp_path / 'tokenizer.json'
   assert main(['convert', f'--source={tiny_model_folder}', f'--export_tokenizer={port}', '--overwrite']) == 0
   assert '<image>' in port.read_text() and '<image>' not in path.read_text()
+
+
+def test_a_tokenizer_is_exported_after_the_conversion_and_not_where_that_fails(tmp_path, capsys):
+  path = tmp_path / 'new' / 'text_tokenizer.json'
+  flags = ['convert', f'--source={PORT}', f'--target={tmp_path / "target"}', f'--export_tokenizer={path}']
+  assert main([*flags, '--target_format=meta']) == 1  # which has no place for an image tokenizer without a decoder
+  captured = capsys.readouterr()
+  assert captured.err.count('\n') == 1 and 'no decoder' in captured.err and captured.out == ''
+  assert list(tmp_path.iterdir()) == []
+  assert main([*flags, '--target_format=orbax']) == 0
+  assert capsys.readouterr().out.endswith(f'wrote {path}\n')
+  assert JsonText.load(path).n_pieces > 0 and detect_format(tmp_path / 'target') == 'orbax'
+
+
+@pytest.mark.parametrize(('place', 'message'), [('target/x.json', 'lies in the target'), ('', 'is a folder'), ('file/x.json', 'file')])
+def test_a_place_for_the_tokenizer_that_cannot_be_is_one_line(tmp_path, capsys, place, message):
+  (tmp_path / 'file').touch()
+  flags = [f'--source={PORT}', *([f'--target={tmp_path / "target"}', '--target_format=orbax'] if 'target' in place else [])]
+  assert main(['convert', *flags, f'--export_tokenizer={tmp_path / place}']) == 1
+  err = capsys.readouterr().err
+  assert message in err and err.count('\n') == 1
+  assert [path.name for path in tmp_path.iterdir()] == ['file']
+
+
+def test_the_whole_checklist_is_compared_on_request(tmp_path, capsys):
+  data = tmp_path / 'data'
+  shutil.copytree(GOLDEN / 'models' / 'meta_7b_like', data / 'models' / '7b')
+  shutil.copytree(GOLDEN / 'tokenizer', data / 'tokenizer')
+  flags = [f'--source={data / "models" / "7b"}', '--target_format=orbax', '--verify_checklist']
+  assert main(['convert', *flags, f'--target={tmp_path / "one"}']) == 0
+  with (data / 'tokenizer' / 'vqgan.ckpt').open('ab') as file:
+    file.write(b'\0')
+  capsys.readouterr()
+  assert main(['convert', *flags, f'--target={tmp_path / "two"}']) == 1
+  assert 'vqgan.ckpt is not the file that checklist.chk lists' in capsys.readouterr().err
+  assert main(['convert', f'--source={PORT}', *flags[1:], f'--target={tmp_path / "two"}']) == 1
+  assert "is not in Meta's form, which alone comes with a checklist.chk" in capsys.readouterr().err
+  assert sorted(path.name for path in tmp_path.iterdir()) == ['data', 'one']
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,9 @@ EXAMPLES = {
     configs.StageConfig: [configs.StageConfig(fraction=1.0, weights=(('a', 1.0), ('b', 2.0)))],
     configs.TrainConfig: [_train_config(), _train_config(tokenizers='folder', init_from='other')],
 }
-ALL_CONFIGS = [value for value in vars(configs).values() if dataclasses.is_dataclass(value) and value.__module__.startswith(configs.__name__)]
+ALL_CONFIGS = [
+    value for value in vars(configs).values() if dataclasses.is_dataclass(value) and value.__module__.startswith(configs.__name__)
+]
 
 
 def test_the_list_of_configs_is_not_empty():

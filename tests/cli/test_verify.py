@@ -1,4 +1,4 @@
-"""cli/verify.py: exit codes, the table, the JSON, one line for every mistake. What is found: tests/interop/test_verify.py."""
+"""cli/verify.py: exit codes, the table, the JSON, one line for every mistake. What is found: tests/interop/verify/test_certificate.py."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ import pytest
 from chameleon_jax.chameleon import Chameleon
 from chameleon_jax.cli import main as cli
 from chameleon_jax.interop import native
+from chameleon_jax.interop.convert import convert
 
 GOLDEN = pathlib.Path(__file__).resolve().parent.parent / 'golden'
 
@@ -78,6 +79,24 @@ def test_checkpoints_of_other_programs_are_held_against_their_own_values(name, c
   assert '| A, golden: logits (unit scale)' in out and '| A, golden: activations (relative)' in out and '| id map of A' in out
 
 
+def test_the_port_without_a_picture_decoder_passes_and_the_verdict_says_what_was_left_out(tmp_path, capsys):
+  port, whole, output = tmp_path / 'port', GOLDEN / 'models' / 'anole_like', tmp_path / 'report.json'
+  convert(whole, port, 'huggingface', decoder=False)
+  assert cli.main(['verify', str(whole), str(port), f'--output={output}']) == 0
+  assert capsys.readouterr().out.endswith('\nverified: PASS; not compared: picture decoder\n')
+  report = json.loads(output.read_text())
+  assert report['not_compared'] == ['picture decoder'] and report['passed'] is True
+
+
+def test_a_side_without_an_image_tokenizer_fails_unless_that_is_asked_for(tiny_model_folder, tmp_path, capsys):
+  lone = tmp_path / 'lone'
+  native.save_model(lone, dataclasses.replace(native.load_model(tiny_model_folder), vqgan_config=None, vqgan_params=None))
+  assert cli.main(['verify', str(tiny_model_folder), str(lone), '--activations=no']) == 1
+  assert 'verified: FAIL; not compared: image tokenizer' in capsys.readouterr().out
+  assert cli.main(['verify', str(tiny_model_folder), str(lone), '--partial']) == 0
+  assert capsys.readouterr().out.endswith('\nverified: PASS; not compared: image tokenizer\n')
+
+
 def test_a_config_that_puts_the_norms_in_the_wrong_place_is_found(tmp_path, capsys):
   folder = shutil.copytree(GOLDEN / 'models' / 'hf_30b_like', tmp_path / 'wrong')
   config = json.loads((folder / 'config.json').read_text())
@@ -127,4 +146,4 @@ def test_an_unwritable_output_is_one_line(tiny_model_folder, tmp_path, capsys):
 
 def test_help_tells_the_golden_keys_place(capsys):
   assert cli.main(['verify', '--help']) == 0
-  assert 'verify_golden.py' in capsys.readouterr().out
+  assert 'verify/golden.py' in capsys.readouterr().out

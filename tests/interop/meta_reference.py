@@ -12,9 +12,9 @@ import ml_dtypes
 import numpy as np
 import yaml
 
+from chameleon_jax.interop.files.pth import open_pth
+from chameleon_jax.interop.files.pth_writer import PthWriter
 from chameleon_jax.interop.lazy import TensorSpec
-from chameleon_jax.interop.pth import open_pth
-from chameleon_jax.interop.pth_writer import PthWriter
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 F4 = np.dtype('f4')

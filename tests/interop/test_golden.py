@@ -15,10 +15,10 @@ import pytest
 
 import chameleon_jax
 from chameleon_jax.errors import CheckpointError
-from chameleon_jax.interop import verify_forward
 from chameleon_jax.interop.convert import convert
+from chameleon_jax.interop.files.pth import open_pth
 from chameleon_jax.interop.opening import open_checkpoint
-from chameleon_jax.interop.pth import open_pth
+from chameleon_jax.interop.verify import forward as verify_forward
 from chameleon_jax.tokens.text_json import JsonText
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]

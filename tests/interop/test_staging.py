@@ -1,5 +1,6 @@
 """A folder appears whole or not at all, whatever stops the writing."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -8,7 +9,8 @@ import sys
 import pytest
 
 from chameleon_jax.errors import CheckpointError
-from chameleon_jax.interop.staging import remove_tree, signals_as_exceptions, staged
+from chameleon_jax.interop import staging
+from chameleon_jax.interop.staging import clear_leftovers, remove_tree, signals_as_exceptions, staged
 
 
 def names(folder):
@@ -135,6 +137,40 @@ def test_handlers_are_put_back_and_others_are_left_alone():
       assert signal.getsignal(signal.SIGTERM) is mine
   finally:
     signal.signal(signal.SIGTERM, before)
+
+
+def test_an_error_of_the_file_system_is_one_line_and_names_the_place(tmp_path, monkeypatch):
+  def refuse(self):
+    raise PermissionError(errno.EACCES, 'Permission denied', str(self))
+
+  monkeypatch.setattr(type(tmp_path), 'iterdir', refuse)
+  with pytest.raises(CheckpointError, match='cannot be searched .* of model: Permission denied') as caught:
+    clear_leftovers(tmp_path / 'model')
+  assert '\n' not in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_parents_half_made_are_removed(tmp_path):
+  with pytest.raises(OSError), staged(tmp_path / 'a' / ('b' * 300) / 'model'):
+    pass
+  assert names(tmp_path) == []
+
+
+def test_without_posix_locks_a_folder_still_appears_whole_and_nothing_foreign_is_removed(tmp_path, monkeypatch):
+  monkeypatch.setattr(staging, 'fcntl', None)
+  for name in ('.model.writing-1', f'.model.writing-{os.getpid()}'):
+    (tmp_path / name).mkdir()
+  with staged(tmp_path / 'model') as folder:
+    (folder / 'x').write_text('1')
+  assert names(tmp_path) == ['.model.writing-1', 'model'] and names(tmp_path / 'model') == ['x']
+  with pytest.raises(ValueError), staged(tmp_path / 'other'):
+    raise ValueError
+  assert names(tmp_path) == ['.model.writing-1', 'model']
+
+
+def test_a_system_without_fcntl_imports_it_all_the_same():
+  code = 'import sys; sys.modules["fcntl"] = None; from chameleon_jax.interop import staging; print(staging.fcntl)'
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+  assert run.stdout == 'None\n', run.stderr
 
 
 def test_removing_tolerates_what_is_gone(tmp_path):

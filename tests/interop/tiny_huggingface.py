@@ -12,8 +12,8 @@ import pytest
 from chameleon_jax import presets
 from chameleon_jax.config import VocabularyConfig, VQGANConfig
 from chameleon_jax.interop import mapping
+from chameleon_jax.interop.files.safetensors_file import SafetensorsWriter, open_safetensors
 from chameleon_jax.interop.lazy import LazyModel, TensorSource, TensorSpec
-from chameleon_jax.interop.safetensors_file import SafetensorsWriter, open_safetensors
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.tokens.vocabulary import Vocabulary
 

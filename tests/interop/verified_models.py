@@ -7,8 +7,9 @@ import ml_dtypes
 import numpy as np
 
 from chameleon_jax import presets
-from chameleon_jax.interop import mapping, verify_faults
+from chameleon_jax.interop import mapping
 from chameleon_jax.interop.lazy import LazyModel, TensorSource, TensorSpec
+from chameleon_jax.interop.verify import faults as verify_faults
 
 N_RANKS = 4
 VOCABULARY = presets.tiny_vocabulary()

@@ -122,7 +122,9 @@ def test_banned_tokens():
   assert allowed(state(IMAGE, codes=1), MIXED, banned=CODES) == set()
 
 
-@pytest.mark.parametrize(('row', 'token'), [(state(TEXT), 13), (state(TEXT), BEGIN), (state(IMAGE, codes=0), 4), (state(IMAGE, codes=2), CLOSE)])
+@pytest.mark.parametrize(
+    ('row', 'token'), [(state(TEXT), 13), (state(TEXT), BEGIN), (state(IMAGE, codes=0), 4), (state(IMAGE, codes=2), CLOSE)]
+)
 def test_stop_tokens_end_a_row_anywhere(row, token):
   assert after(row, token, MIXED, stop=True)[0] == DONE
   assert after(row, token, MIXED)[0] != DONE

@@ -1,0 +1,181 @@
+"""How the benchmarks measure and report: two things in turn, medians of pairwise ratios, one table.
+
+    A B A B A B ..      ratio i = seconds of B i / seconds of A i;  reported: median (least .. most)
+
+A machine's speed drifts, and a ratio of neighbours does not see it. Nothing that compiled counts: warm-up goes on until a run
+compiles nothing, and compilation is reported by itself. Knows no model.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+BEGIN, END = '<!-- results: begin (written by the tool, not by hand) -->', '<!-- results: end -->'
+_COMPILED = '/jax/core/compile/backend_compile_duration'
+_FLAGS = ('amx_bf16', 'amx_int8', 'avx512_bf16', 'avx512_fp16', 'avx512f', 'avx2')
+
+
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+  """Runs before the clock (at least), pairs under it, runs before the clock at most."""
+
+  warm_ups: int = 2
+  repetitions: int = 7
+  most_warm_ups: int = 8
+
+
+class CompileClock:
+  """Seconds that XLA has compiled since this was made, programs found in the persistent cache included."""
+
+  def __init__(self) -> None:
+    self.seconds = 0.0
+    self.programs = 0
+    jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+  def _listen(self, event: str, duration_secs: float, **_: str | int) -> None:
+    if event == _COMPILED:
+      self.seconds += duration_secs
+      self.programs += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """What `alternate` saw.
+
+  Attributes:
+    first, second: seconds of each timed run, in pairs.
+    compile_s: seconds of compilation during warm-up.
+    compiled_meanwhile: programs compiled during timed runs; anything but 0 spoils them.
+  """
+
+  first: tuple[float, ...]
+  second: tuple[float, ...]
+  compile_s: float
+  compiled_meanwhile: int
+
+  @property
+  def ratios(self) -> list[float]:
+    """Seconds of the second over seconds of the first, pair by pair."""
+    return [second / first for first, second in zip(self.first, self.second)]
+
+  def record(self) -> dict[str, Any]:
+    """For JSON: every reading."""
+    medians = {'first_median_s': statistics.median(self.first), 'second_median_s': statistics.median(self.second)}
+    return dataclasses.asdict(self) | medians | {'ratios': self.ratios}
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+  """`median (least to most)`."""
+  return f'{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})'
+
+
+def alternate(first: Callable[[], object], second: Callable[[], object], protocol: Protocol, clock: CompileClock) -> Pairs:
+  """Runs both in turn. Both must return only when their results are on the host."""
+  before = clock.seconds
+  for run in (first, second):
+    for turn in range(protocol.most_warm_ups):
+      programs = clock.programs
+      run()
+      if turn + 1 >= protocol.warm_ups and clock.programs == programs:
+        break
+  compile_s, programs = clock.seconds - before, clock.programs
+  times: tuple[list[float], list[float]] = ([], [])
+  for _ in range(protocol.repetitions):
+    for run, kept in zip((first, second), times):
+      start = time.perf_counter()
+      run()
+      kept.append(time.perf_counter() - start)
+  return Pairs(tuple(times[0]), tuple(times[1]), compile_s, clock.programs - programs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of the table.
+
+  Attributes:
+    figure: its number in the table of aims.
+    model: what was measured.
+    what, aim, value: cells.
+    reached: None where it was not measured, or has no aim.
+    details: everything behind the cell, for JSON.
+  """
+
+  figure: int
+  model: str
+  what: str
+  aim: str
+  value: str
+  reached: bool | None
+  details: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def machine() -> dict[str, Any]:
+  """What the figures depend on; nothing that names the machine."""
+  info = pathlib.Path('/proc/cpuinfo')
+  words = set(info.read_text().split()) if info.exists() else set()
+  versions: dict[str, str | None] = {}
+  for package in ('jax', 'jaxlib', 'flax', 'numpy', 'torch', 'transformers'):
+    try:
+      versions[package] = importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+      versions[package] = None
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  return {
+    'device': f'{jax.default_backend()} ({jax.devices()[0].device_kind})',
+    'cores': cores,
+    'instructions': [flag for flag in _FLAGS if flag in words],
+    'load_at_start': round(os.getloadavg()[0], 2),
+    'python': platform.python_version(),
+    'versions': versions,
+    'xla_flags': os.environ.get('XLA_FLAGS', ''),
+  }
+
+
+def markdown(rows: Sequence[Row], where: dict[str, Any], command: str) -> str:
+  """The table, and under it what it was measured on."""
+  words = {True: 'yes', False: 'no', None: '-'}
+  lines = ['| figure | model | what | aim | measured | reached |', '|---|---|---|---|---|---|']
+  lines += [f'| {row.figure} | {row.model} | {row.what} | {row.aim} | {row.value} | {words[row.reached]} |' for row in rows]
+  versions = ', '.join(f'{name} {version or "not installed"}' for name, version in where['versions'].items())
+  instructions = ', '.join(where['instructions']) or 'none of ' + ', '.join(_FLAGS)
+  lines += [
+    '',
+    f'Measured with `{command}` on {where["device"]}, {where["cores"]} cores ({instructions}), load average {where["load_at_start"]} '
+    f'at the start, Python {where["python"]}, {versions}' + (f', XLA_FLAGS `{where["xla_flags"]}`' if where['xla_flags'] else '') + '.',
+    'Ratios are medians of pairs (least to most).',
+  ]
+  return '\n'.join(lines) + '\n'
+
+
+def write_aside(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole or not at all."""
+  aside = path.with_name(path.name + '.part')
+  aside.write_text(text, encoding='utf-8')
+  aside.replace(path)
+
+
+def write_json(path: pathlib.Path, rows: Sequence[Row], where: dict[str, Any]) -> None:
+  """Every reading behind the table."""
+  write_aside(path, json.dumps({'machine': where, 'rows': [dataclasses.asdict(row) for row in rows]}, indent=2) + '\n')
+
+
+def write_page(path: pathlib.Path, table: str) -> None:
+  """Puts the table between the two marker lines of a page.
+
+  Raises:
+    ValueError: the page lacks a marker line, or has it twice.
+  """
+  text = path.read_text(encoding='utf-8')
+  if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+    raise ValueError(f'{path} must hold the lines {BEGIN!r} and {END!r} once, in this order')
+  head, rest = text.split(BEGIN)
+  write_aside(path, f'{head}{BEGIN}\n\n{table}\n{END}{rest.split(END)[1]}')
