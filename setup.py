@@ -50,6 +50,7 @@ setup(
         'parity': ['torch==2.13.0', 'transformers>=5.17,<6', 'safetensors>=0.5'],  # for tests against other implementations
         'dev': [
             'pytest>=8',
+            'pytest-xdist>=3.6',  # two workers, each with whole files, see .pytest.ini
             'ruff>=0.9',
             'mypy>=1.14',
             'beartype>=0.20',

@@ -236,8 +236,7 @@ class Benchmark:
     base = SamplingOptions(max_new_tokens=self.n_new, greedy=True, stop_at_end_turn=False, banned_tokens=(v.end_sequence, v.begin_image))
     off = dataclasses.replace(base, guidance_text=1.0, guidance_image=1.0)
     rows = []
-    settings: tuple[tuple[Dtype, int], ...] = (('float32', 8), ('bfloat16', 8), ('bfloat16', 1))
-    for dtype, count in settings:
+    for dtype, count in [(dtype, 8) for dtype in DTYPES] + [(DTYPES[-1], 1)]:
       what = f'text of {count} row{"s" * (count > 1)}, guidance on against off, {dtype}'
       engines = [self.subject.engine(dtype) for _ in range(2)]
       asked = [[(start, options) for start in self.subject.starts[:count]] for options in (off, base)]
