@@ -18,6 +18,7 @@ LEVELS: dict[str, tuple[int, str]] = {
     'presets': (0, 'base'),
     'errors': (0, 'base'),
     'partitioning': (1, 'partitioning'),
+    'hosts': (1, 'hosts'),
     'tokens': (1, 'tokens'),
     'models.transformer': (2, 'models.transformer'),
     'models.vqgan': (2, 'models.vqgan'),
