@@ -28,14 +28,13 @@ def get_config() -> ml_collections.ConfigDict:
       TrainConfig(
           model=TransformerConfig(
               vocab_size=vocabulary.size,
-              d_model=64,
-              n_layers=2,
+              d_model=32,
+              n_layers=1,
               n_heads=4,
               n_kv_heads=2,
-              d_head=16,
-              d_ff=128,
+              d_head=8,
+              d_ff=64,
               max_seq_len=32,
-              sequence_parallel=True,
           ),
           vocabulary=vocabulary,
           data=DataConfig(stages=(StageConfig(1.0, (('emoji_text', 1.0),)),), seq_len=32, batch_size=16),

@@ -60,6 +60,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     'ml_collections': ('cli',),
     'tokenizers': ('tokens.text_json', 'tools'),
     'yaml': ('interop',),
+    'jax._src': ('hosts',),
     'PIL': ('tokens.images',),
     'torch': (),
     'tensorflow': (),

@@ -97,7 +97,7 @@ def _write(target: pathlib.Path, parts: ModelParts, groups: Iterator[tuple[str, 
       for group, tree in groups:
         save_tree(folder / TRANSFORMER / group, _cast(tree, dtype))
       if parts.vqgan_config is not None:
-        save_tree(folder / IMAGE_TOKENIZER, _cast(parts.vqgan_params, dtype))
+        save_tree(folder / IMAGE_TOKENIZER, _cast(jax.tree.map(np.asarray, parts.vqgan_params), dtype))
       save_text_tokenizer(folder, parts.text_tokenizer)
       write_header(folder, Header(VERSION, parts.transformer_config, parts.vqgan_config, parts.vocabulary, None))
       write_checksums(folder)
