@@ -64,7 +64,8 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes[sizes.index(-1)] = max(1, len(devices) // known)
   needed = sizes[0] * sizes[1] * sizes[2]
   if needed != len(devices):
-    raise ConfigError(f'mesh {dict(zip(AXES, sizes))} needs {needed} devices, {len(devices)} are here; {_fitting_size(sizes, len(devices))}')
+    advice = _fitting_size(sizes, len(devices))
+    raise ConfigError(f'mesh {dict(zip(AXES, sizes))} needs {needed} devices, {len(devices)} are here; {advice}')
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 

@@ -66,7 +66,12 @@ def test_constrain_applies_the_table_inside_a_mesh_and_nothing_outside():
 
 @pytest.mark.parametrize(
     ('sizes', 'advice'),
-    [((3, 2, 1), 'set config.mesh.data=4'), ((4, 3, 1), 'set config.mesh.fsdp=2'), ((2, 2, 3), 'set config.mesh.tensor=2'), ((3, 3, 3), 'config.mesh')],
+    [
+        ((3, 2, 1), 'set config.mesh.data=4'),
+        ((4, 3, 1), 'set config.mesh.fsdp=2'),
+        ((2, 2, 3), 'set config.mesh.tensor=2'),
+        ((3, 3, 3), 'set config.mesh'),
+    ],
 )
 def test_the_message_says_which_size_would_fit(sizes, advice):
   with pytest.raises(ConfigError, match=f'{advice}$'):

@@ -71,7 +71,8 @@ def _launched() -> Place | None:
     except HostError:
       raise
     except Exception as error:  # metadata servers, Kubernetes' client and broken variables raise all kinds
-      raise HostError(f'the launcher {(kind.name or kind.__name__)!r} cannot be read: {" ".join(str(error).split())[:300]}; use the flags') from error
+      name, reason = kind.name or kind.__name__, ' '.join(str(error).split())[:300]
+      raise HostError(f'the launcher {name!r} cannot be read: {reason}; use the flags') from error
   return None
 
 

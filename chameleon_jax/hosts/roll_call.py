@@ -39,7 +39,8 @@ def call_roll(place: Place, facts: Mapping[str, str], *, timeout: float) -> list
   Raises:
     HostError: one line, the same on every process that came: which ones did not, or which one differs in what.
   """
-  mine = {'greeting': _GREETING, 'process': place.index, 'machine': socket.gethostname(), 'facts': {**facts, '--num_processes': str(place.count)}}
+  facts = {**facts, '--num_processes': str(place.count)}
+  mine = {'greeting': _GREETING, 'process': place.index, 'machine': socket.gethostname(), 'facts': facts}
   answer = _receive(place, mine, timeout) if place.index == 0 else _report(place, mine, timeout)
   if answer['verdict'] is not None:
     raise HostError(answer['verdict'])
@@ -135,7 +136,8 @@ def _listener(place: Place) -> socket.socket:
       return socket.create_server(('127.0.0.1' if loopback else '', int(port)), backlog=1024)
     return socket.create_server(('', int(port)), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
   except OSError as error:
-    raise HostError(f'process 0 cannot listen at port {port}: {error.strerror or error}; choose another in --coordinator_address') from error
+    reason = error.strerror or error
+    raise HostError(f'process 0 cannot listen at port {port}: {reason}; choose another in --coordinator_address') from error
 
 
 def _read_line(connection: socket.socket, deadline: float) -> dict[str, Any] | None:

@@ -46,8 +46,8 @@ def check_image_tokenizer_mesh(config: ImageTokenizerTrainConfig, mesh: AnyMesh,
     raise ConfigError(f'config.mesh.tensor is {mesh.shape["tensor"]}, but the image tokenizer has nothing to split over it; set it to 1')
   rows = mesh.shape['data'] * mesh.shape['fsdp']
   if config.batch_size % rows:
-    devices = f'{rows} devices (data x fsdp)'
-    raise ConfigError(f'batch_size {config.batch_size} does not split over {devices}; {_nearest("config.batch_size", config.batch_size, rows)}')
+    advice = _nearest('config.batch_size', config.batch_size, rows)
+    raise ConfigError(f'batch_size {config.batch_size} does not split over {rows} devices (data x fsdp); {advice}')
   check_parameters(boxed, mesh)
 
 

@@ -1,5 +1,6 @@
 """The launch pages: `two_processes.md` is run as it stands, the others name commands, flags and files that exist."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -47,16 +48,13 @@ def _run_page(script, folder, seconds):
       'PORT': _free_port(),
   }
   environment.pop('XLA_FLAGS', None)
-  process = subprocess.Popen(
-      ['bash', '-eu', '-c', script], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-  )
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  process = subprocess.Popen(['bash', '-eu', '-c', script], cwd=folder, env=environment, start_new_session=True, **pipes)
   try:
     return process.communicate(timeout=seconds), process.returncode
   finally:
-    try:
+    with contextlib.suppress(ProcessLookupError):
       os.killpg(process.pid, signal.SIGKILL)  # SIGTERM may be swallowed; a hung collective never ends
-    except ProcessLookupError:
-      pass
 
 
 @pytest.mark.slow  # six processes start
