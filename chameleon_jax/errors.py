@@ -26,6 +26,10 @@ class ImageError(DataError):
   """A picture cannot be decoded, or its size is out of bounds."""
 
 
+class HostError(ChameleonError):
+  """Hosts of one run are missing, or do not agree on what to run."""
+
+
 class PromptError(ChameleonError):
   """A prompt cannot be sampled from: too long, empty, or of the wrong form."""
 

@@ -6,21 +6,26 @@ them to mesh axes. The table is a constant: ambient rules are not part of jit's 
 is missing here raises instead of leaving an array unsharded without a word.
 """
 
-from typing import Any
+import math
+from typing import Any, TypeAlias
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
-from chameleon_jax.array_types import Array, PyTree
+from chameleon_jax.array_types import AnyArray, Array, PyTree
 from chameleon_jax.config import MeshConfig
 from chameleon_jax.errors import ConfigError
 
 AXES = ('data', 'fsdp', 'tensor')
+AnyMesh: TypeAlias = Mesh | AbstractMesh  # with devices or without
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ('batch', ('data', 'fsdp')),
     ('length', None),
+    ('residual_length', 'tensor'),  # of the residual stream where TransformerConfig.sequence_parallel asks for it
     ('cache_length', None),
     ('act_embed', None),
     ('act_mlp', 'tensor'),
@@ -59,8 +64,18 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
     sizes[sizes.index(-1)] = max(1, len(devices) // known)
   needed = sizes[0] * sizes[1] * sizes[2]
   if needed != len(devices):
-    raise ConfigError(f'mesh {dict(zip(AXES, sizes))} needs {needed} devices, {len(devices)} are here; set config.mesh')
+    advice = _fitting_size(sizes, len(devices))
+    raise ConfigError(f'mesh {dict(zip(AXES, sizes))} needs {needed} devices, {len(devices)} are here; {advice}')
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _fitting_size(sizes: list[int], n_devices: int) -> str:
+  """Which one size to change; the words that end the message."""
+  for index, axis in enumerate(AXES):
+    others = math.prod(sizes) // sizes[index]
+    if n_devices % others == 0:
+      return f'set config.mesh.{axis}={n_devices // others}'
+  return 'set config.mesh'
 
 
 def constrain(x: Array, *names: str | None) -> Array:
@@ -70,7 +85,7 @@ def constrain(x: Array, *names: str | None) -> Array:
   return nn.with_logical_constraint(x, names, rules=RULES, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
 
 
-def shardings_of(abstract: PyTree, mesh: Mesh) -> PyTree:
+def shardings_of(abstract: PyTree, mesh: AnyMesh) -> PyTree:
   """Maps a boxed abstract tree (from `jax.eval_shape` of an init) to its shardings, box-free.
 
   Raises:
@@ -96,3 +111,69 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
+def batch_share(mesh: Mesh) -> tuple[int, int]:
+  """(index, count): this host makes part `index` of the `count` parts of each batch.
+
+  There are as many parts as hosts, unless the tensor axis spans hosts: those that share rows make the same part.
+
+  Raises:
+    ConfigError: the devices of a host lie so in the mesh that its rows are partly those of another host.
+  """
+  owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+  return share_of(owners.reshape(-1, mesh.shape['tensor']), jax.process_index())
+
+
+def share_of(owners: np.ndarray, host: int) -> tuple[int, int]:
+  """`batch_share` of a table: int [pieces of the batch, devices that hold the piece], whose entries are hosts.
+
+  Two hosts with two devices each, tensor 1 and tensor 4; host 1 makes the second half, or all rows as host 0 does:
+
+    0                          0 0 1 1
+    0      -> (1, 2)                        -> (0, 1)
+    1
+    1
+  """
+  pieces = {int(process): frozenset(np.flatnonzero((owners == process).any(1)).tolist()) for process in np.unique(owners)}
+  parts = sorted(set(pieces.values()), key=min)
+  if sum(map(len, parts)) != len(owners) or len({len(part) for part in parts}) > 1:
+    raise ConfigError(
+        f'config.mesh: host {host} holds pieces {sorted(pieces[host])} of each batch and shares some of them, but not all, with another '
+        'host; let config.mesh.tensor divide the devices of a host, or be a multiple of them'
+    )
+  return parts.index(pieces[host]), len(parts)
+
+
+def place(value: AnyArray, sharding: NamedSharding, dtype: DTypeLike | None = None) -> Array:
+  """An array that every host has whole, laid out on the mesh; each host fills its own devices."""
+  value = np.asarray(value, dtype)
+  return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def fetch(array: AnyArray, index: int | None = None) -> np.ndarray:
+  """An array in host memory, wherever its pieces lie. On several hosts all of them must call it, and all get it.
+
+  Args:
+    array: any array.
+    index: fetch this entry of the first axis only; no more than that is gathered.
+  """
+  if not isinstance(array, jax.Array):
+    return np.asarray(array if index is None else array[index])
+  if index is not None or not (array.is_fully_addressable or array.is_fully_replicated):
+    array = _gathered(array, index)
+  return np.asarray(array)
+
+
+def _gathered(array: Array, index: int | None) -> Array:
+  """The array or one entry of it, whole on every device; one program serves all indices."""
+  whole = NamedSharding(array.sharding.mesh, PartitionSpec()) if isinstance(array.sharding, NamedSharding) else None
+  if index is None:
+    return jax.jit(_same, out_shardings=whole)(array)
+  return jax.jit(_entry, out_shardings=whole)(array, np.int32(index))
+
+
+def _same(x: Array) -> Array:
+  return x
+
+
+def _entry(x: Array, index: Array) -> Array:
+  return jax.lax.dynamic_index_in_dim(x, index, keepdims=False)

@@ -89,7 +89,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-  print(f'chameleon: {message}', file=sys.stderr)
+  print(f'chameleon: {message}\n', end='', file=sys.stderr)  # one write: other hosts may share the terminal
   return code
 
 

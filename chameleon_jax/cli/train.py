@@ -5,6 +5,9 @@
 
 The same command after a kill goes on from the newest checkpoint in the workdir. At the end, and when the run is cut
 short by --stop_after or --max_minutes, workdir/model holds the model with its tokenizers.
+
+On several hosts the same command runs on each, with a workdir that all of them see. Under Slurm, Open MPI, on TPU VMs and TPUs of
+GKE they find each other; else give --coordinator_address, --num_processes and --process_id (experiments/launch).
 """
 
 from collections.abc import Sequence
@@ -12,13 +15,15 @@ from collections.abc import Sequence
 from absl import flags
 
 from chameleon_jax.cli.flags import define_config, define_workdir, get_config, get_workdir
+from chameleon_jax.cli.hosts import all_hosts, define_hosts
 from chameleon_jax.config import TrainConfig
 
 
 def define_flags() -> None:
-  """Defines --config, --workdir, --stop_after and --max_minutes."""
+  """Defines --config, --workdir, --stop_after, --max_minutes and those of `define_hosts`."""
   define_config(TrainConfig)
   define_workdir('checkpoints, metrics and the model')
+  define_hosts()
   flags.DEFINE_integer('stop_after', None, 'stop after this step, with a checkpoint; run again to go on', lower_bound=1)
   flags.DEFINE_float('max_minutes', None, 'stop after this time, with a checkpoint; run again to go on', lower_bound=0)
 
@@ -28,10 +33,13 @@ def main(argv: Sequence[str]) -> None:
 
   Raises:
     ConfigError: no workdir.
+    HostError: a host of the run is missing, or differs.
   """
   del argv
   config = get_config()
   workdir = get_workdir()
   from chameleon_jax.training.loop import train
 
-  train(config, workdir, stop_after=flags.FLAGS.stop_after, max_minutes=flags.FLAGS.max_minutes)
+  stop_after, max_minutes = flags.FLAGS.stop_after, flags.FLAGS.max_minutes
+  with all_hosts(config, stop_after=stop_after):
+    train(config, workdir, stop_after=stop_after, max_minutes=max_minutes)

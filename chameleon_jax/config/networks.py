@@ -35,6 +35,7 @@ class TransformerConfig:
   param_dtype: Dtype = 'float32'
   scan_layers: bool = True
   remat: Literal['none', 'dots', 'full'] = 'none'
+  sequence_parallel: bool = False  # between the blocks, rows are split along their length over mesh.tensor (arXiv 2205.05198)
 
   def __post_init__(self):
     require_positive(self, 'vocab_size', 'd_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_head', 'd_ff', 'max_seq_len')

@@ -210,6 +210,7 @@ def save_tree(path: str | os.PathLike, tree: PyTree, *, compress: bool = True) -
 
   The tree is written beside `path` and moved into place, so `path` is always the old tree or the new one. Orbax holds one copy of it in
   memory, and the compressed form as well; without `compress` the directory is a fifth larger for bfloat16, and written twice as fast.
+  The arrays are this host's own (numpy, or on its devices); of several hosts only the one that calls it takes part.
 
   Raises:
     CheckpointError: it cannot be written; what was at `path` is still there.
@@ -222,12 +223,11 @@ def save_tree(path: str | os.PathLike, tree: PyTree, *, compress: bool = True) -
       shutil.rmtree(leftover, ignore_errors=True)
     with _quiet_orbax(), _tree_checkpointer(use_compression=compress) as checkpointer:
       checkpointer.save(aside / 'tree', tree)
-    if jax.process_index() == 0:
-      (aside / 'tree' / 'commit_success.txt').unlink(missing_ok=True)  # names the folder it was written in; the rename below is our commit
-      if path.exists():
-        path.rename(old)
-      (aside / 'tree').rename(path)
-      shutil.rmtree(old, ignore_errors=True)
+    (aside / 'tree' / 'commit_success.txt').unlink(missing_ok=True)  # names the folder it was written in; the rename below is our commit
+    if path.exists():
+      path.rename(old)
+    (aside / 'tree').rename(path)
+    shutil.rmtree(old, ignore_errors=True)
   except Exception as error:
     if old.exists() and not path.exists():
       old.rename(path)
@@ -287,7 +287,12 @@ def describe_tree(path: str | os.PathLike) -> PyTree:
 
 
 def _tree_checkpointer(**options: Any) -> ocp.Checkpointer:
-  return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**options))
+  """For this host alone: Orbax would otherwise wait for all others to save the same tree."""
+  alone = ocp.options.MultiprocessingOptions()
+  if jax.process_count() > 1:
+    mine = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f'host{mine}')
+  return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, **options), multiprocessing_options=alone)
 
 
 def _metadata(checkpointer: ocp.PyTreeCheckpointer, path: Path) -> PyTree:

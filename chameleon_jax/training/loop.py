@@ -31,9 +31,10 @@ from chameleon_jax.errors import ChameleonError, ConfigError
 from chameleon_jax.interop.native import ModelParts, check_fit, make_vocabulary, save_model
 from chameleon_jax.interop.opening import load_for_training, load_tokenizers
 from chameleon_jax.models.transformer.model import Transformer
-from chameleon_jax.partitioning import make_mesh
+from chameleon_jax.partitioning import batch_share, make_mesh
 from chameleon_jax.training.checkpoint import Checkpoints, resolved
 from chameleon_jax.training.losses import LossSums
+from chameleon_jax.training.mesh_checks import check_mesh
 from chameleon_jax.training.metrics import MetricsWriter, StepLog
 from chameleon_jax.training.optimizer import make_optimizer
 from chameleon_jax.training.state import TrainState, abstract_state, init_state
@@ -73,6 +74,7 @@ def train(
   workdir = Path(workdir)
   parts = _tokenizers(config, tokenizers)
   mesh = make_mesh(config.mesh)
+  check_mesh(config, mesh)
   last_step = config.n_steps if stop_after is None else min(stop_after, config.n_steps)
 
   with MetricsWriter(workdir, total_steps=config.n_steps) as writer, Checkpoints(workdir / 'checkpoints', config.checkpoint) as checkpoints:
@@ -84,11 +86,8 @@ def train(
       state = run.steps(state, last_step, deadline)
     finally:
       run.batches.close()
-    if jax.process_count() == 1:
-      save_model(workdir / 'model', run.model_parts(state))
-      writer.say(f'model folder: {workdir / "model"} (step {int(state.step)})')
-    else:
-      writer.say('a run on several hosts writes no model folder; its parameters are in the checkpoints')
+    save_model(workdir / 'model', run.model_parts(state))
+    writer.say(f'model folder: {workdir / "model"} (step {int(state.step)})')
     return state
 
 
@@ -110,7 +109,7 @@ class _Run:
   def _data_options(self) -> dict[str, Any]:
     names = [name for stage in self.config.data.stages for name, _ in stage.weights]
     vocabulary = make_vocabulary(self.config.vocabulary, self.parts.text_tokenizer)
-    options: dict[str, Any] = {'vocabulary': vocabulary, 'text_tokenizer': self.parts.text_tokenizer}
+    options: dict[str, Any] = {'vocabulary': vocabulary, 'text_tokenizer': self.parts.text_tokenizer, 'process': batch_share(self.mesh)}
     if self.parts.vqgan_config is not None:
       options['encode_images'] = make_encoder(self.parts.vqgan_config, self.parts.vqgan_params)
       pictures = world_pictures(names)
@@ -140,7 +139,7 @@ class _Run:
 
   def steps(self, state: TrainState, last_step: int, deadline: float) -> TrainState:
     """Runs up to `last_step` or the deadline and saves; logs, evaluates and saves on the way."""
-    config, log = self.config, StepLog(self.writer)
+    config, log = self.config, StepLog(self.writer, parts=self.data['process'][1])
     fetch_at_once = self.mesh.devices.flat[0].platform == 'cpu'  # many CPU devices deadlock when steps pile up
     step = int(state.step)
     previous: Metrics | None = None
@@ -212,7 +211,7 @@ class _Run:
     """The trained transformer with the tokenizers it was trained with."""
     return ModelParts(
         transformer_config=self.config.model,
-        transformer_params=jax.device_get(state.params),
+        transformer_params=state.params,
         vqgan_config=self.parts.vqgan_config,
         vqgan_params=self.parts.vqgan_params,
         vocabulary=self.config.vocabulary,

@@ -116,8 +116,9 @@ class MetricsWriter:
 class StepLog:
   """Collects the metrics of the steps since the last line."""
 
-  def __init__(self, writer: MetricsWriter):
+  def __init__(self, writer: MetricsWriter, *, parts: int | None = None):
     self._writer = writer
+    self._parts = jax.process_count() if parts is None else parts  # of which a batch consists; each of them is one host's
     self._reset()
 
   def _reset(self) -> None:
@@ -128,8 +129,8 @@ class StepLog:
   def add(self, metrics: Mapping[str, Any], batch: Mapping[str, np.ndarray], waited: float) -> None:
     """Takes one step; device values are not fetched yet. Hosts are taken to have equally full batches."""
     self._metrics.append(metrics)
-    self._n_tokens += int(np.count_nonzero(batch['segment_ids'])) * jax.process_count()
-    self._n_positions += batch['tokens'].size * jax.process_count()
+    self._n_tokens += int(np.count_nonzero(batch['segment_ids'])) * self._parts
+    self._n_positions += batch['tokens'].size * self._parts
     self._waited += waited
 
   @contextlib.contextmanager

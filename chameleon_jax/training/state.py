@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from chameleon_jax.array_types import Array, Params, PyTree
 from chameleon_jax.errors import CheckpointError
-from chameleon_jax.partitioning import shardings_of
+from chameleon_jax.partitioning import place, shardings_of
 
 
 @flax.struct.dataclass
@@ -75,7 +75,7 @@ def init_state(
       return jax.jit(lambda key: unboxed(_init_boxed(model, optimizer, key)), out_shardings=shardings)(key)
     abstract = abstract_state(model, optimizer, mesh)
     _check_fit(params, abstract.params)
-    placed = jax.tree.map(lambda leaf, like: jax.device_put(jnp.asarray(leaf, like.dtype), like.sharding), params, abstract.params)
+    placed = jax.tree.map(lambda leaf, like: place(leaf, like.sharding, like.dtype), params, abstract.params)
 
     def start(params: Params) -> TrainState:
       return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))

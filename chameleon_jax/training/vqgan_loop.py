@@ -15,9 +15,10 @@ from chameleon_jax.array_types import Array, Pictures
 from chameleon_jax.config import ImageTokenizerTrainConfig
 from chameleon_jax.errors import ChameleonError, ConfigError
 from chameleon_jax.evals.reconstruction import evaluate_reconstruction
-from chameleon_jax.interop.native import ModelParts, load_model, save_model
-from chameleon_jax.partitioning import batch_sharding, make_mesh
+from chameleon_jax.interop.native import ModelParts, abstract_vqgan, load_model, save_model
+from chameleon_jax.partitioning import batch_sharding, fetch, make_mesh, place
 from chameleon_jax.training.checkpoint import Checkpoints, resolved
+from chameleon_jax.training.mesh_checks import check_image_tokenizer_mesh
 from chameleon_jax.training.metrics import MetricsWriter
 from chameleon_jax.training.optimizer import make_optimizer
 from chameleon_jax.training.vqgan_data import augment, batch_indices, load_pictures
@@ -48,9 +49,7 @@ def train_image_tokenizer(
   """
   workdir = pathlib.Path(workdir)
   mesh = make_mesh(config.mesh)
-  rows = mesh.shape['data'] * mesh.shape['fsdp']
-  if config.batch_size % rows:
-    raise ConfigError(f'batch_size {config.batch_size} does not split over {rows} devices (data x fsdp); change batch_size or mesh')
+  check_image_tokenizer_mesh(config, mesh, abstract_vqgan(config.model))
   if pictures is None:
     pictures = {split: load_pictures(config.source, split, resolution=config.model.resolution) for split in ('train', 'validation')}
   optimizer = make_optimizer(config.optimizer, config.n_steps)
@@ -83,7 +82,7 @@ def train_image_tokenizer(
       batch = pictures['train'][batch_indices(len(pictures['train']), config.batch_size, seed=config.seed, step=step)]
       batch = augment(batch, seed=config.seed, step=step, horizontal_flip=config.horizontal_flip, max_shift=config.max_shift)
       adversarial = config.loss.discriminator_weight > 0 and step >= config.loss.discriminator_start
-      state, metrics = train_step(state, jax.device_put(np.ascontiguousarray(batch), batch_sharding(mesh)), key, adversarial=adversarial)
+      state, metrics = train_step(state, place(batch, batch_sharding(mesh)), key, adversarial=adversarial)
       done = step + 1
       pending.append((done, metrics['loss']))
       save = done % config.checkpoint.every_steps == 0 or done == last
@@ -99,7 +98,7 @@ def train_image_tokenizer(
         checkpoints.save(done, state, config=resolved(config))
     checkpoints.wait()
   if last == config.n_steps:
-    save_model(workdir / 'model', ModelParts(vqgan_config=config.model, vqgan_params=jax.device_get(state.best_params)))
+    save_model(workdir / 'model', ModelParts(vqgan_config=config.model, vqgan_params=jax.tree.map(fetch, state.best_params)))
   return state
 
 
@@ -137,7 +136,7 @@ def check_finite(losses: list[tuple[int, Array]]) -> None:
 
 def _evaluate(config: ImageTokenizerTrainConfig, state: VQGANState, pictures: dict[str, Pictures], writer: MetricsWriter) -> None:
   """PSNR, SSIM, codebook use of validation and of a fixed part of train, with the averaged weights if there are."""
-  params = jax.device_get(state.best_params)
+  params = jax.tree.map(fetch, state.best_params)
   step = int(state.step)
   shown = []
   for split in ('validation', 'train'):

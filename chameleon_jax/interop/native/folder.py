@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from chameleon_jax import hosts
 from chameleon_jax.array_types import Params, PyTree
 from chameleon_jax.config import TransformerConfig, VocabularyConfig, VQGANConfig
 from chameleon_jax.errors import CheckpointError
@@ -44,6 +45,7 @@ from chameleon_jax.interop.staging import staged
 from chameleon_jax.interop.trees import TreeFiller, check_groups, check_n_layers, check_shapes, flat, group_shapes, stored_vqgan_shapes
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.models.vqgan.model import VQGAN
+from chameleon_jax.partitioning import fetch
 from chameleon_jax.tokens.text import TextTokenizer
 from chameleon_jax.tokens.vocabulary import Vocabulary
 from chameleon_jax.training.checkpoint import load_tree, save_tree
@@ -64,6 +66,9 @@ class ModelParts:
 def save_model(path: str | os.PathLike[str], parts: ModelParts, *, dtype: str | None = None) -> None:
   """Writes the model folder `path`, replacing a model folder that is there.
 
+  On several hosts all must call it; the first one writes, and all return when the folder is there. The transformer is gathered
+  one array at a time, so no host and no device needs room for more than one layer of it.
+
   Args:
     path: the folder.
     parts: what to write.
@@ -72,16 +77,27 @@ def save_model(path: str | os.PathLike[str], parts: ModelParts, *, dtype: str | 
   Raises:
     CheckpointError: `path` exists and is not a model folder, or writing failed (nothing is left behind).
   """
-  target = pathlib.Path(path).absolute()
+  groups = _groups(parts.transformer_params if parts.transformer_config is not None else None)
+  error: CheckpointError | None = None
+  if hosts.is_first():
+    try:
+      _write(pathlib.Path(path).absolute(), parts, groups, dtype)
+    except CheckpointError as raised:
+      error = raised
+  for _ in groups:  # the other hosts, and the first after an error: without it the rest would wait for ever
+    pass
+  hosts.meet('model folder', error=error)
+
+
+def _write(target: pathlib.Path, parts: ModelParts, groups: Iterator[tuple[str, PyTree]], dtype: str | None) -> None:
   if target.exists() and not (target / CONFIG_FILE).exists() and any(target.iterdir()):
     raise CheckpointError(f'{target} exists and is not a model folder; choose another path')
   try:
     with staged(target) as folder:
-      if parts.transformer_config is not None:
-        for group, tree in _groups(parts.transformer_params):
-          save_tree(folder / TRANSFORMER / group, _cast(tree, dtype))
+      for group, tree in groups:
+        save_tree(folder / TRANSFORMER / group, _cast(tree, dtype))
       if parts.vqgan_config is not None:
-        save_tree(folder / IMAGE_TOKENIZER, _cast(parts.vqgan_params, dtype))
+        save_tree(folder / IMAGE_TOKENIZER, _cast(jax.tree.map(np.asarray, parts.vqgan_params), dtype))
       save_text_tokenizer(folder, parts.text_tokenizer)
       write_header(folder, Header(VERSION, parts.transformer_config, parts.vqgan_config, parts.vocabulary, None))
       write_checksums(folder)
@@ -158,14 +174,17 @@ def abstract_vqgan(config: VQGANConfig) -> PyTree:
   return jax.eval_shape(VQGAN(config).init, jax.random.key(0), pixels)['params']
 
 
-def _groups(params: Params) -> Iterator[tuple[str, PyTree]]:
-  """The groups of a transformer's tree, {group: ...} each; of stacked layers one is cut out at a time."""
-  for name, subtree in params.items():
+def _groups(params: Params | None) -> Iterator[tuple[str, PyTree]]:
+  """The groups of a transformer's tree, {group: ...} each, in host memory; of stacked layers one is cut out at a time.
+
+  On several hosts each group is gathered from all of them, so all must go through all groups.
+  """
+  for name, subtree in (params or {}).items():
     if name != 'layers':
-      yield name, {name: subtree}
+      yield name, {name: jax.tree.map(fetch, subtree)}
       continue
     for index in range(jax.tree.leaves(subtree)[0].shape[0]):
-      yield f'layers_{index}', {f'layers_{index}': jax.tree.map(lambda leaf, index=index: np.asarray(leaf[index]), subtree)}
+      yield f'layers_{index}', {f'layers_{index}': jax.tree.map(lambda leaf, index=index: fetch(leaf, index), subtree)}
 
 
 def _load_transformer(folder: pathlib.Path, config: TransformerConfig, version: int) -> Params:

@@ -27,6 +27,21 @@ def add_parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tu
   return jnp.asarray(module.param(name, nn.with_logical_partitioning(init, axes, rules=RULES), shape, jnp.dtype(dtype)))
 
 
+def between_blocks(x: Activations, config: TransformerConfig) -> Activations:
+  """Constrains the residual stream: with `sequence_parallel` each device of the tensor axis keeps its piece of every row."""
+  return constrain(x, 'batch', 'residual_length' if config.sequence_parallel else 'length', 'act_embed')
+
+
+def out_of_block(x: Activations, config: TransformerConfig) -> Activations:
+  """The sum over heads or inner channels arrives in pieces of the rows: a reduce-scatter in place of an all-reduce."""
+  return between_blocks(x, config) if config.sequence_parallel else x
+
+
+def inside_block(x: Activations, config: TransformerConfig) -> Activations:
+  """Whole rows again in front of the projections, gathered once for all of them; nothing where they never were in pieces."""
+  return constrain(x, 'batch', 'length', 'act_embed') if config.sequence_parallel else x
+
+
 def _initializers(config: TransformerConfig) -> tuple[Initializer, Initializer]:
   """For projections from and to the residual stream; the latter smaller, so that 2 L branches do not widen it (GPT-2's rule)."""
   return nn.initializers.normal(config.init_std), nn.initializers.normal(config.init_std * (2 * config.n_layers) ** -0.5)
@@ -148,11 +163,13 @@ class Layer(nn.Module):
     drop = nn.Dropout(self.config.dropout, deterministic=deterministic)
 
     branch, layer_cache, bound = Attention(self.config, name='attention')(
-        attention_norm(x) if pre else x, layer_cache, turn, positions, segment_ids
+        inside_block(attention_norm(x) if pre else x, self.config), layer_cache, turn, positions, segment_ids
     )
-    x = constrain(x + drop(branch if pre else attention_norm(branch)), 'batch', 'length', 'act_embed')
-    branch = FeedForward(self.config, name='feed_forward')(ffn_norm(x) if pre else x)
-    x = constrain(x + drop(branch if pre else ffn_norm(branch)), 'batch', 'length', 'act_embed')
+    branch = out_of_block(branch, self.config)
+    x = between_blocks(x + drop(branch if pre else attention_norm(branch)), self.config)
+    branch = FeedForward(self.config, name='feed_forward')(inside_block(ffn_norm(x) if pre else x, self.config))
+    branch = out_of_block(branch, self.config)
+    x = between_blocks(x + drop(branch if pre else ffn_norm(branch)), self.config)
 
     rms = jnp.sqrt(jnp.mean(jnp.square(jax.lax.stop_gradient(x).astype(jnp.float32))))
     return x, (layer_cache, {'output_rms': rms, 'attention_logit_bound': bound})

@@ -25,7 +25,7 @@ from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer import rope
 from chameleon_jax.models.transformer.blockwise import CONTEXT
 from chameleon_jax.models.transformer.cache import KVCache
-from chameleon_jax.models.transformer.layers import Layer, RMSNorm, add_parameter
+from chameleon_jax.models.transformer.layers import Layer, RMSNorm, add_parameter, between_blocks, inside_block
 from chameleon_jax.models.transformer.linear import PROJECTION, linear
 from chameleon_jax.partitioning import constrain
 
@@ -110,7 +110,7 @@ class Transformer(nn.Module):
     turn = rope.rotation(positions, config.d_head, config.rope_theta)
 
     x = jnp.take(self.embedding, tokens, axis=0).astype(config.dtype)
-    x = constrain(x, 'batch', 'length', 'act_embed')
+    x = between_blocks(x, config)
     if config.scan_layers:
       stacked = None if cache is None else (cache.k, cache.v)
       x, (stacked, diagnostics) = self.layers(x, stacked, turn, positions, segment_ids, deterministic)
@@ -124,7 +124,7 @@ class Transformer(nn.Module):
       caches, per_layer = zip(*outputs)
       cache = None if cache is None else KVCache(*zip(*caches))
       diagnostics = jax.tree.map(lambda *values: jnp.stack(values), *per_layer)
-    return self.final_norm(x), cache, diagnostics
+    return inside_block(self.final_norm(x), config), cache, diagnostics
 
   def unembed(self, hidden: Activations) -> Logits:
     """Projects hidden states [B, T, D] (or any piece of the rows) to float32 logits [B, T, V]."""
