@@ -7,7 +7,9 @@ from typing import Any
 
 
 class ChameleonError(ValueError):
-  """Base of every error that input, files or settings can cause."""
+  """Base of every error that input, files or settings can cause. The command line exits with `exit_code`."""
+
+  exit_code = 1
 
 
 class ConfigError(ChameleonError):

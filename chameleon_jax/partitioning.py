@@ -111,38 +111,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(('data', 'fsdp')))
 
 
-def batch_share(mesh: Mesh) -> tuple[int, int]:
-  """(index, count): this host makes part `index` of the `count` parts of each batch.
-
-  There are as many parts as hosts, unless the tensor axis spans hosts: those that share rows make the same part.
-
-  Raises:
-    ConfigError: the devices of a host lie so in the mesh that its rows are partly those of another host.
-  """
-  owners = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
-  return share_of(owners.reshape(-1, mesh.shape['tensor']), jax.process_index())
-
-
-def share_of(owners: np.ndarray, host: int) -> tuple[int, int]:
-  """`batch_share` of a table: int [pieces of the batch, devices that hold the piece], whose entries are hosts.
-
-  Two hosts with two devices each, tensor 1 and tensor 4; host 1 makes the second half, or all rows as host 0 does:
-
-    0                          0 0 1 1
-    0      -> (1, 2)                        -> (0, 1)
-    1
-    1
-  """
-  pieces = {int(process): frozenset(np.flatnonzero((owners == process).any(1)).tolist()) for process in np.unique(owners)}
-  parts = sorted(set(pieces.values()), key=min)
-  if sum(map(len, parts)) != len(owners) or len({len(part) for part in parts}) > 1:
-    raise ConfigError(
-        f'config.mesh: host {host} holds pieces {sorted(pieces[host])} of each batch and shares some of them, but not all, with another '
-        'host; let config.mesh.tensor divide the devices of a host, or be a multiple of them'
-    )
-  return parts.index(pieces[host]), len(parts)
-
-
 def place(value: AnyArray, sharding: NamedSharding, dtype: DTypeLike | None = None) -> Array:
   """An array that every host has whole, laid out on the mesh; each host fills its own devices."""
   value = np.asarray(value, dtype)

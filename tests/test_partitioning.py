@@ -78,28 +78,6 @@ def test_the_message_says_which_size_would_fit(sizes, advice):
     partitioning.make_mesh(MeshConfig(*sizes), jax.devices()[:8])
 
 
-# owners: [pieces of the batch, devices of the tensor axis] -> (index, count) of each host
-@pytest.mark.parametrize(
-    ('owners', 'shares'),
-    [
-        ([[0], [0], [1], [1]], [(0, 2), (1, 2)]),
-        ([[1], [1], [0], [0]], [(1, 2), (0, 2)]),  # the order is that of the rows
-        ([[0], [1], [0], [1]], [(0, 2), (1, 2)]),  # rows need not lie together
-        ([[0, 0, 1, 1]], [(0, 1), (0, 1)]),  # tensor spans both hosts: both make all rows
-        ([[0, 1], [0, 1], [2, 3], [2, 3]], [(0, 2), (0, 2), (1, 2), (1, 2)]),
-        ([[0], [0]], [(0, 1)]),
-    ],
-)
-def test_each_host_makes_the_rows_of_its_devices(owners, shares):
-  assert [partitioning.share_of(np.array(owners), host) for host in range(len(shares))] == shares
-
-
-@pytest.mark.parametrize('owners', [[[0, 0], [0, 1], [1, 1]], [[0], [0], [0], [1]]])
-def test_hosts_that_share_some_of_their_rows_are_refused(owners):
-  with pytest.raises(ConfigError, match='let config.mesh.tensor divide the devices of a host'):
-    partitioning.share_of(np.array(owners), 0)
-
-
 def test_arrays_go_to_the_mesh_and_come_back():
   mesh = partitioning.make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
   values = np.arange(4 * 8, dtype=np.float64).reshape(4, 8)
@@ -109,4 +87,3 @@ def test_arrays_go_to_the_mesh_and_come_back():
   for index in range(4):
     np.testing.assert_array_equal(partitioning.fetch(array, index), values[index])
   np.testing.assert_array_equal(partitioning.fetch(values, 1), values[1])
-  assert partitioning.batch_share(mesh) == (0, 1)

@@ -96,7 +96,8 @@ def _fail(message: str, code: int) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
   """The console script: like `run`, with every error a user can mend as one line on stderr.
 
-  Exit codes: 0 done, 1 the input, a file or the disk is at fault, 2 the command line is, 130 interrupted.
+  Exit codes: 0 done, 1 the input, a file or the disk is at fault, 2 the command line is, 130 interrupted; a training run that
+  SIGINT or SIGTERM stopped with a checkpoint exits with 130 or 143.
   `CHAMELEON_TRACEBACK=1` lets errors through with their traceback.
   """
   try:
@@ -110,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   except ChameleonError as error:
     if os.environ.get('CHAMELEON_TRACEBACK'):
       raise
-    return _fail(' '.join(str(error).split()), 1)
+    return _fail(' '.join(str(error).split()), error.exit_code)
   except OSError as error:
     if os.environ.get('CHAMELEON_TRACEBACK'):
       raise

@@ -54,14 +54,25 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """When to save and what to keep."""
+  """When to save and what to keep.
+
+  `keep_every` M keeps the steps that are multiples of M for good, beside the last ones. With `checksums` the files of each
+  checkpoint are read once more after they are written, in the background. `grace_seconds` is the time from SIGTERM or SIGINT to
+  the end of the process, with a checkpoint if it can be written in that time: what the cluster grants before it kills.
+  """
 
   every_steps: int = 1000
   keep_last: int = 2
+  keep_every: int | None = None
   asynchronous: bool = True
+  checksums: bool = True
+  grace_seconds: float = 30.0  # what Slurm (KillWait), Kubernetes and the clouds' preemption notices grant by default
 
   def __post_init__(self):
-    require_positive(self, 'every_steps', 'keep_last')
+    require_positive(self, 'every_steps', 'keep_last', 'grace_seconds')
+    if self.keep_every is not None:
+      multiple = self.keep_every > 0 and self.keep_every % self.every_steps == 0
+      require(multiple, f'checkpoint.keep_every {self.keep_every} is not a multiple of checkpoint.every_steps {self.every_steps}')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +175,15 @@ class DataConfig:
   ones in the input, never in the targets. 0, as in the paper, for large data; where pictures recur often, it keeps the
   network from telling a picture by its first codes instead of by the words before it. `prompt_image_noise` is the same
   for image tokens without loss: pictures a prompt gives, which the network must read as they are.
+  `shards` S cuts the data into S pipelines that make batch_size / S rows each. It decides the batches, the number of hosts does
+  not. Choose a multiple of the largest number of hosts that the run may get: where hosts outnumber shards, several prepare the
+  same rows.
   """
 
   stages: tuple[StageConfig, ...] = ()
   seq_len: int = 4096
   batch_size: int = 2048
+  shards: int = 1
   packing_bins: int = 8
   shuffle_seed: int = 0
   image_noise: float = 0.0
@@ -177,7 +192,8 @@ class DataConfig:
   prefetch: int = 2
 
   def __post_init__(self):
-    require_positive(self, 'seq_len', 'batch_size', 'packing_bins')
+    require_positive(self, 'seq_len', 'batch_size', 'shards', 'packing_bins')
+    require(self.batch_size % self.shards == 0, f'data.batch_size {self.batch_size} is not a multiple of data.shards {self.shards}')
     require_fraction(self, 'image_noise')
     require_fraction(self, 'prompt_image_noise')
     if self.stages:

@@ -1,13 +1,14 @@
 """Sources -> batches on the devices: mixture, shuffling, rendering, packing, batching, prefetch.
 
-    source 'pairs'  range -> shuffle -> repeat -> document(index, rng) -> render -> fit -> every P-th --+
+    source 'pairs'  range -> shuffle -> repeat -> document(index, rng) -> render -> fit -> every S-th --+
     source 'text'   range -> shuffle -> repeat -> ...                                                 --+-> mix by weight
        -> packed rows -> batches of one stage --+
-                              the next stage  --+-> by step -> prefetch thread -> [numpy batch] -> to_devices
+                              the next stage  --+-> by step -> this host's rows of all S shards -> prefetch thread
+       -> [numpy batch] -> to_devices
 
-Everything is a function of (config, step): the same seed gives the same batches on every run, and the iterator's
-state, a small JSON-able dict, resumes them exactly. Process p of P sees documents p, p + P, ... of every source
-and makes batch_size / P rows of each batch.
+Everything is a function of (config, step): the same seed gives the same batches on every run and any number of hosts, and the
+iterator's state, a small JSON-able dict, resumes them exactly. Shard s of the S = `data.shards` sees documents s, s + S, ... of
+every source and makes batch_size / S rows of each batch; `shards.py` has which host runs which.
 
 The weights of a stage count documents, not tokens. Shuffles differ between stages, so a source that stays in
 the mixture is drawn in a new order. Does not know models; pictures arrive as codes, or become codes through the
@@ -27,6 +28,7 @@ from jax.sharding import Mesh
 from chameleon_jax.array_types import Array
 from chameleon_jax.config import DataConfig, StageConfig
 from chameleon_jax.data.packing import Limits, PackedRows, Row, fit
+from chameleon_jax.data.shards import ShardedBatches, held_pieces, rows_by_shard
 from chameleon_jax.data.sources.source import DocumentSource, make_source
 from chameleon_jax.errors import ConfigError, DataError
 from chameleon_jax.partitioning import batch_sharding
@@ -165,7 +167,7 @@ def make_batches(
     split: str = 'train',
     codes: np.ndarray | None = None,
     encode_images: EncodeImages | None = None,
-    process: tuple[int, int] | None = None,
+    rows: np.ndarray | None = None,
 ) -> grain.DatasetIterator:
   """Returns an iterator of `n_steps` numpy batches with `get_state` and `set_state`.
 
@@ -177,27 +179,26 @@ def make_batches(
     split: 'train' or 'validation'.
     codes: int32 [pictures, n_image_tokens], one row per picture of an in-memory world, see `make_source`.
     encode_images: for sources whose documents hold pixels.
-    process: (index, count) of this host; that of jax by default.
+    rows: int [n] in rising order, which rows of each batch to make, see `shards.host_rows`; all by default.
 
   Returns:
-    Batches {tokens, targets, loss_weights, segment_ids, positions}, each [batch_size / processes, seq_len].
+    Batches {tokens, targets, loss_weights, segment_ids, positions}, each [n, seq_len].
 
   Raises:
-    ConfigError: no stages, or the batch does not split over the hosts.
+    ConfigError: no stages.
     DataError: a source is unknown or empty.
   """
-  index, count = (jax.process_index(), jax.process_count()) if process is None else process
   if not config.stages:
     raise ConfigError('data.stages is empty: name at least one stage with its sources')
-  if config.batch_size % count:
-    raise ConfigError(f'data.batch_size {config.batch_size} does not split over {count} hosts')
+  rows = np.arange(config.batch_size) if rows is None else rows
+  wanted = rows_by_shard(rows, n_rows=config.batch_size, n_shards=config.shards)
   limits = Limits(config.seq_len, vocabulary.begin_image, vocabulary.end_image, vocabulary.pad)
   cached = CachedText(text_tokenizer)
   names = dict.fromkeys(name for stage in config.stages for name, _ in stage.weights)
   sources = {name: make_source(name, split, codes=codes) for name in names}
   read_options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=8 * config.read_threads)
 
-  def documents(name: str, number: int) -> grain.MapDataset:
+  def documents(name: str, number: int, shard: int) -> grain.MapDataset:
     source = sources[name]
     if len(source) == 0:
       raise DataError(f'source {name!r} has no documents in split {split!r}; take it out of data.stages')
@@ -205,37 +206,54 @@ def make_batches(
     to_rendered = RenderDocument(source, vocabulary, cached, limits=limits, encode_images=encode_images, **noise)
     seed = _seed(config.shuffle_seed, number, *name.encode())
     every = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().random_map(to_rendered, seed=seed)
-    return every[index::count] if count > 1 else every
+    return every[shard :: config.shards] if config.shards > 1 else every
 
-  def batches(stage: StageConfig, number: int) -> grain.IterDataset:
-    mixed = grain.MapDataset.mix([documents(name, number) for name, _ in stage.weights], weights=[weight for _, weight in stage.weights])
-    rows = PackedRows(mixed.to_iter_dataset(read_options, allow_nones=True), n_rows=config.packing_bins, limits=limits)
-    return rows.batch(config.batch_size // count, drop_remainder=True)
+  def batches(stage: StageConfig, number: int, shard: int) -> grain.IterDataset:
+    parts, weights = [documents(name, number, shard) for name, _ in stage.weights], [weight for _, weight in stage.weights]
+    mixed = grain.MapDataset.mix(parts, weights=weights)
+    packed = PackedRows(mixed.to_iter_dataset(read_options, allow_nones=True), n_rows=config.packing_bins, limits=limits)
+    return packed.batch(config.batch_size // config.shards, drop_remainder=True)
 
-  stages = [batches(stage, number) for number, stage in enumerate(config.stages)]
-  staged = StagedBatches(stages, stage_ends(config.stages, n_steps))
+  def staged(shard: int) -> grain.IterDataset:
+    stages = [batches(stage, number, shard) for number, stage in enumerate(config.stages)]
+    return StagedBatches(stages, stage_ends(config.stages, n_steps))
+
+  n_documents = {name: len(source) for name, source in sources.items()}
+  sharded = ShardedBatches({shard: staged(shard) for shard in wanted}, wanted, n_shards=config.shards, n_documents=n_documents)
   if config.prefetch:
-    return iter(grain.experimental.ThreadPrefetchIterDataset(staged, prefetch_buffer_size=config.prefetch))
-  return iter(staged)
+    return iter(grain.experimental.ThreadPrefetchIterDataset(sharded, prefetch_buffer_size=config.prefetch))
+  return iter(sharded)
 
 
 def dropped_documents(iterator: grain.DatasetIterator) -> int:
-  """Documents of the current stage that had to be dropped so far, on this host (see `packing.fit`)."""
+  """Documents of the current stage that the shards of this host had to drop so far (see `packing.fit`)."""
 
-  def find(state: Any) -> int | None:
-    if not isinstance(state, Mapping):
-      return None
-    if 'dropped' in state:
-      return int(state['dropped'])
-    return next((found for found in map(find, state.values()) if found is not None), None)
+  def count(state: Any) -> int:
+    return sum(int(value) if name == 'dropped' else count(value) for name, value in state.items()) if isinstance(state, Mapping) else 0
 
-  return find(iterator.get_state()) or 0
+  return count(iterator.get_state())
 
 
 def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
-  """Joins the rows of all hosts into global arrays, rows split over the mesh axes `data` and `fsdp`."""
-  sharding = batch_sharding(mesh)
-  return {name: jax.make_array_from_process_local_data(sharding, value) for name, value in batch.items()}
+  """Joins the rows of all hosts into global arrays, rows split over the mesh axes `data` and `fsdp`.
+
+  Args:
+    batch: of this host the rows `shards.host_rows`, each array [rows, ...].
+    mesh: the devices of all hosts. Row r of the global array is row r of the batch, wherever its device is.
+  """
+  sharding, pieces = batch_sharding(mesh), held_pieces(mesh)
+  n_pieces = mesh.shape['data'] * mesh.shape['fsdp']
+
+  def join(value: np.ndarray) -> Array:
+    size = len(value) // len(pieces)
+
+    def piece(index: tuple[slice, ...]) -> np.ndarray:
+      place = pieces.index((index[0].start or 0) // size)
+      return value[place * size : (place + 1) * size]
+
+    return jax.make_array_from_callback((size * n_pieces, *value.shape[1:]), sharding, piece)
+
+  return {name: join(value) for name, value in batch.items()}
 
 
 def validation_batches(
@@ -247,7 +265,7 @@ def validation_batches(
     config: as for training; stages and prefetch are replaced.
     vocabulary: the token table.
     text_tokenizer: fits into the vocabulary.
-    **options: `n_steps` (batches of each source), `codes`, `encode_images`, `process` as for `make_batches`.
+    **options: `n_steps` (batches of each source), `codes`, `encode_images`, `rows` as for `make_batches`.
   """
   found: dict[str, Iterator[Row]] = {}
   for name, _ in config.stages[-1].weights:

@@ -2,10 +2,12 @@
 
 A checkpoint holds the train state, the position of the input pipeline and the resolved config, saved as one
 step, so that none of them can be newer than the others. Steps appear under their final name only when they
-are whole; a process killed while saving leaves the previous step as the latest.
+are whole; a process killed while saving leaves the previous step as the latest. Then each host adds checksums of its
+share of the files, by which a step that was damaged later is told apart and passed over.
 
-Does not know what is in the state or the config. Built on Orbax's `CheckpointManager` (the stable v0
-interface) and on Grain's Orbax handler; both are fenced into this file.
+The position is what the iterators of all hosts say together, in one JSON file, so another number of hosts can read it.
+Does not know what is in the state, the position or the config. Built on Orbax's `CheckpointManager` (the stable v0
+interface), which is fenced into this file.
 """
 
 import contextlib
@@ -15,24 +17,30 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import grain
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from chameleon_jax.array_types import PyTree
 from chameleon_jax.config import CheckpointConfig
-from chameleon_jax.errors import CheckpointError
+from chameleon_jax.errors import ChameleonError, CheckpointError
+from chameleon_jax.training import integrity
+from chameleon_jax.training.agreement import gather
 
 FORMAT = 'chameleon_jax.checkpoint.1'  # marks our checkpoints, so that a foreign one is told apart
 
 _BYTES_AT_ONCE = 1 << 27  # of a tree read into host memory
-_STATE, _ITERATOR, _CONFIG = 'state', 'iterator', 'config'
+_STATE, _POSITION, _CONFIG = 'state', 'position', 'config'
+_OLD_POSITION = Path('iterator') / 'process_0-of-1.json'  # of checkpoints from before data shards, written on one host
+_POLL_SECONDS = 0.02
 
 
 def _one_line(error: BaseException) -> str:
@@ -69,12 +77,17 @@ class Checkpoints:
 
   def __init__(self, directory: str | os.PathLike, config: CheckpointConfig):
     self.directory = Path(directory).absolute()
+    self._checksums = config.checksums
+    self._sealing: threading.Thread | None = None
+    self._seal_error: OSError | None = None
     try:
       self.directory.mkdir(parents=True, exist_ok=True)
       with _quiet_orbax():
         self._manager = ocp.CheckpointManager(
             self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=config.keep_last, enable_async_checkpointing=config.asynchronous),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep_last, keep_period=config.keep_every, enable_async_checkpointing=config.asynchronous
+            ),
         )
     except (OSError, ValueError) as error:
       raise CheckpointError(f'cannot use {self.directory} for checkpoints: {_one_line(error)}') from error
@@ -95,25 +108,29 @@ class Checkpoints:
     Args:
       step: updates that are in `state`.
       state: tree of arrays, without boxes.
-      iterator: a Grain iterator, whose position is saved; None where there is none.
+      iterator: the data of this host; what its `get_state` says is merged over all hosts. None where there is none.
       config: the resolved config as JSON-able values.
 
     Raises:
-      CheckpointError: the step exists, or it or a save before it could not be written.
+      CheckpointError: the step exists, it or a save before it could not be written, or hosts differ about the same position.
     """
     items: dict[str, Any] = {
         _STATE: ocp.args.StandardSave(state),
         _CONFIG: ocp.args.JsonSave({'format': FORMAT, 'step': step, 'config': config}),
     }
     if iterator is not None:
-      items[_ITERATOR] = grain.checkpoint.CheckpointSave(iterator)
+      items[_POSITION] = ocp.args.JsonSave(_merged(json.loads(text) for text in gather(json.dumps(iterator.get_state()))))
     if step in self._manager.all_steps():
       raise CheckpointError(f'step {step} was not saved in {self.directory}: a checkpoint of that step exists')
     with self._errors(f'saving step {step}'):
+      self._finish_sealing()
       self._manager.check_for_errors()
       saved = self._manager.save(step, args=ocp.args.Composite(**items), force=True)
     if not saved:
       raise CheckpointError(f'step {step} was not saved in {self.directory}: Orbax declined it')
+    if self._checksums:
+      self._sealing = threading.Thread(target=self._seal, args=(step,), name='checksums')
+      self._sealing.start()
 
   def latest_step(self) -> int | None:
     """The newest complete step, None where there is none."""
@@ -123,29 +140,72 @@ class Checkpoints:
     """The complete steps, oldest first."""
     return sorted(self._manager.all_steps())
 
+  def intact_step(self, say: Callable[[str], None]) -> int | None:
+    """The newest step whose files are those that were written, None where no step was ever saved. For the run that goes on from it.
+
+    Damaged steps newer than that one are renamed to `damaged-STEP`, and `say` gets one line about each. All hosts check a part
+    of the files and come to the same answer.
+
+    Raises:
+      CheckpointError: there are steps, and all of them are damaged.
+    """
+    steps = self.all_steps()
+    for step in reversed(steps):
+      path = self.directory / str(step)
+      found = integrity.find_damage(path, part=jax.process_index(), n_parts=jax.process_count())
+      damage = next((text for text in gather(found or '') if text), None)
+      if damage is None:
+        return step
+      aside = self._set_aside(path)
+      before = [other for other in steps if other < step]
+      then = f'going back to step {before[-1]}' if before else 'there is none before it'
+      say(f'checkpoint {path} is damaged: {damage}; it is now {aside.name}, {then}')
+    if steps:
+      raise CheckpointError(f'no checkpoint in {self.directory} is intact; bring one back, or name another workdir to start anew')
+    return None
+
+  def _set_aside(self, path: Path) -> Path:
+    names = [f'damaged-{path.name}', *(f'damaged-{path.name}-{number}' for number in range(2, 100))]
+    aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+    with self._errors(f'setting aside {path.name}'):
+      if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f'damaged {path.name}')  # all have chosen the same name
+      if jax.process_index() == 0:
+        path.rename(aside)
+      if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f'set aside {path.name}')
+      self._manager.reload()
+    return aside
+
   def restore(self, abstract: PyTree, *, iterator: Any = None, step: int | None = None) -> PyTree:
     """Returns the state of `step`, the newest by default, laid out as `abstract` says.
 
     Args:
       abstract: tree of `jax.ShapeDtypeStruct` with shardings (or of arrays to imitate).
-      iterator: Grain iterator that is moved to the saved position in place.
+      iterator: an iterator that is moved to the saved position in place, by its `set_state`.
       step: which step.
 
     Raises:
       CheckpointError: no such step, not a checkpoint of this project, or the shapes or names differ.
+      ChameleonError: the iterator refuses the position.
     """
     step = self._known_step(step)
     self.config(step)  # tells a foreign checkpoint apart
-    items: dict[str, Any] = {_STATE: ocp.args.StandardRestore(abstract)}
-    if iterator is not None:
-      if not (self.directory / str(step) / _ITERATOR).is_dir():
-        raise CheckpointError(f'checkpoint {self.directory / str(step)} holds no position of the input data; restore it without iterator')
-      items[_ITERATOR] = grain.checkpoint.CheckpointRestore(iterator)
     path = self.directory / str(step)
     with self._errors(f'restoring step {step}'):
+      if iterator is not None:
+        iterator.set_state(self._position(step))
       with ocp.PyTreeCheckpointer() as checkpointer:
         _check_same_shapes(f'checkpoint {path}', _metadata(checkpointer, path / _STATE), abstract)
-      return self._manager.restore(step, args=ocp.args.Composite(**items))[_STATE]
+      return self._manager.restore(step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)}))[_STATE]
+
+  def _position(self, step: int) -> dict[str, Any]:
+    path = self.directory / str(step)
+    if (path / _POSITION).is_dir():
+      return self._manager.restore(step, args=ocp.args.Composite(**{_POSITION: ocp.args.JsonRestore()}))[_POSITION]
+    if (path / _OLD_POSITION).is_file():
+      return json.loads((path / _OLD_POSITION).read_text())
+    raise CheckpointError(f'checkpoint {path} holds no position of the input data; restore it without iterator')
 
   def config(self, step: int | None = None) -> dict[str, Any]:
     """The resolved config saved with `step`, the newest by default.
@@ -172,6 +232,7 @@ class Checkpoints:
     with self._errors('saving'):
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
+      self._finish_sealing()
 
   def close(self) -> None:
     """Waits and lets go of the directory.
@@ -184,6 +245,26 @@ class Checkpoints:
     finally:
       with self._errors('closing'):
         self._manager.close()
+
+  def _seal(self, step: int) -> None:
+    """Adds this host's checksums once the step has its final name; ends where the save failed."""
+    path = self.directory / str(step)
+    while not path.is_dir():
+      if not self._manager.is_saving_in_progress() and not path.is_dir():
+        return
+      time.sleep(_POLL_SECONDS)
+    try:
+      integrity.write_table(path, part=jax.process_index(), n_parts=jax.process_count())
+    except OSError as error:
+      self._seal_error = error
+
+  def _finish_sealing(self) -> None:
+    if self._sealing is not None:
+      self._sealing.join()
+      self._sealing = None
+    error, self._seal_error = self._seal_error, None
+    if error is not None:
+      raise error
 
   def _known_step(self, step: int | None) -> int:
     if step is None:
@@ -199,7 +280,7 @@ class Checkpoints:
     try:
       with _quiet_orbax():
         yield
-    except CheckpointError:
+    except ChameleonError:
       raise
     except Exception as error:  # Orbax raises OSError, ValueError, KeyError, XlaRuntimeError and its own
       raise CheckpointError(f'{doing} in {self.directory} failed: {_one_line(error)}') from error
@@ -319,6 +400,22 @@ def _check_same_shapes(what: str, saved: PyTree, wanted: PyTree) -> None:
       raise CheckpointError(f'{what} holds {name!r}, which the config does not ask for')
     if here[name] != there[name]:
       raise CheckpointError(f'{name!r} has shape {here[name]} in {what}, the config wants {there[name]}')
+
+
+def _merged(positions: Iterable[Any]) -> Any:
+  """The positions of all hosts as one: dictionaries are joined, everything else must agree.
+
+  Raises:
+    CheckpointError: two hosts differ about the same entry.
+  """
+  first, *others = positions
+  for other in others:
+    if isinstance(first, dict) and isinstance(other, dict):
+      both = [name for name in first if name in other]
+      first = {**first, **other, **{name: _merged((first[name], other[name])) for name in both}}
+    elif first != other:
+      raise CheckpointError(f'hosts disagree about the position in the data ({first!r} and {other!r}); give all of them the same data')
+  return first
 
 
 def resolved(config: Any) -> dict[str, Any]:

@@ -5,8 +5,9 @@
     WORKDIR/metrics.jsonl    scalars; WORKDIR/tensorboard/ the same
     WORKDIR/model/           model folder, written when the run ends or is cut short cleanly
 
-A run that finds checkpoints in its folder goes on from the newest; on one machine and CPU its losses are then
-bit-identical to those of a run that was never interrupted. Pre-training and fine-tuning differ in their
+A run that finds checkpoints in its folder goes on from the newest that is intact, with the rows that come next, on any mesh and
+any number of hosts; on the same mesh of CPU devices its losses are bit-identical to those of a run that was never interrupted.
+SIGTERM and SIGINT save and stop it (`interruption.py`). Pre-training and fine-tuning differ in their
 config only: the sources of documents, whose prompts carry no loss, and the schedule.
 """
 
@@ -27,12 +28,15 @@ from chameleon_jax.array_types import Array
 from chameleon_jax.config import TrainConfig
 from chameleon_jax.data.encode import make_encoder, world_pictures
 from chameleon_jax.data.pipeline import dropped_documents, make_batches, to_devices, validation_batches
+from chameleon_jax.data.shards import host_rows
 from chameleon_jax.errors import ChameleonError, ConfigError
 from chameleon_jax.interop.native import ModelParts, check_fit, make_vocabulary, save_model
 from chameleon_jax.interop.opening import load_for_training, load_tokenizers
 from chameleon_jax.models.transformer.model import Transformer
-from chameleon_jax.partitioning import batch_share, make_mesh
+from chameleon_jax.partitioning import make_mesh
+from chameleon_jax.training.agreement import Largest
 from chameleon_jax.training.checkpoint import Checkpoints, resolved
+from chameleon_jax.training.interruption import InterruptedRunError, Interruption
 from chameleon_jax.training.losses import LossSums
 from chameleon_jax.training.mesh_checks import check_mesh
 from chameleon_jax.training.metrics import MetricsWriter, StepLog
@@ -68,6 +72,7 @@ def train(
 
   Raises:
     NonFiniteLossError: names the step; the last good checkpoint stays.
+    InterruptedRunError: SIGTERM or SIGINT came; the state is saved, no model folder is written.
     ConfigError, DataError, CheckpointError: settings, data or files do not fit.
   """
   deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
@@ -77,13 +82,19 @@ def train(
   check_mesh(config, mesh)
   last_step = config.n_steps if stop_after is None else min(stop_after, config.n_steps)
 
-  with MetricsWriter(workdir, total_steps=config.n_steps) as writer, Checkpoints(workdir / 'checkpoints', config.checkpoint) as checkpoints:
+  with (
+      Interruption(config.checkpoint.grace_seconds) as interruption,
+      MetricsWriter(workdir, total_steps=config.n_steps) as writer,
+      Checkpoints(workdir / 'checkpoints', config.checkpoint) as checkpoints,
+  ):
     run = _Run(config, parts, mesh, writer, checkpoints)
     state = run.start()
+    writer.rewind(int(state.step))
     if jax.process_index() == 0:
-      (workdir / 'config.json').write_text(json.dumps(resolved(config), indent=2) + '\n')
+      (workdir / '.config.json.writing').write_text(json.dumps(resolved(config), indent=2) + '\n')
+      (workdir / '.config.json.writing').replace(workdir / 'config.json')
     try:
-      state = run.steps(state, last_step, deadline)
+      state = run.steps(state, last_step, deadline, interruption=interruption)
     finally:
       run.batches.close()
     save_model(workdir / 'model', run.model_parts(state))
@@ -109,7 +120,8 @@ class _Run:
   def _data_options(self) -> dict[str, Any]:
     names = [name for stage in self.config.data.stages for name, _ in stage.weights]
     vocabulary = make_vocabulary(self.config.vocabulary, self.parts.text_tokenizer)
-    options: dict[str, Any] = {'vocabulary': vocabulary, 'text_tokenizer': self.parts.text_tokenizer, 'process': batch_share(self.mesh)}
+    rows = host_rows(self.mesh, self.config.data.batch_size)
+    options: dict[str, Any] = {'vocabulary': vocabulary, 'text_tokenizer': self.parts.text_tokenizer, 'rows': rows}
     if self.parts.vqgan_config is not None:
       options['encode_images'] = make_encoder(self.parts.vqgan_config, self.parts.vqgan_params)
       pictures = world_pictures(names)
@@ -123,12 +135,15 @@ class _Run:
     n_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract.params))
     shape = f'{self.config.data.batch_size} x {self.config.data.seq_len} tokens a step'
     self.writer.say(f'{n_parameters:,} parameters, {shape}, {len(self.mesh.devices.flat)} x {self.mesh.devices.flat[0].device_kind}')
-    self.saved_step = self.checkpoints.latest_step()
+    n_hosts, n_shards = jax.process_count(), self.config.data.shards
+    if n_shards % n_hosts:
+      self.writer.say(f'note: {n_hosts} hosts prepare parts of {n_shards} data shards over again; a multiple of {n_hosts} saves that work')
+    self.saved_step = self.checkpoints.intact_step(self.writer.say)
     if self.saved_step is not None:
       before = self.checkpoints.config(self.saved_step)
       for change in _changes(before, resolved(self.config)):
         self.writer.say(f'note: config differs from the checkpoint: {change}')
-      state = self.checkpoints.restore(self.abstract, iterator=self.batches)
+      state = self.checkpoints.restore(self.abstract, iterator=self.batches, step=self.saved_step)
       self.writer.say(f'resumed after step {self.saved_step:,}')
       return state
     params = None
@@ -137,14 +152,19 @@ class _Run:
       self.writer.say(f'starting from {self.config.init_from}')
     return init_state(self.model, self.optimizer, self.mesh, key=jax.random.fold_in(self.key, 2**31 - 1), params=params)
 
-  def steps(self, state: TrainState, last_step: int, deadline: float) -> TrainState:
-    """Runs up to `last_step` or the deadline and saves; logs, evaluates and saves on the way."""
-    config, log = self.config, StepLog(self.writer, parts=self.data['process'][1])
+  def steps(self, state: TrainState, last_step: int, deadline: float, *, interruption: Interruption) -> TrainState:
+    """Runs up to `last_step`, the deadline or an interruption and saves; logs, evaluates and saves on the way."""
+    config = self.config
+    log = StepLog(self.writer, parts=config.data.batch_size // len(self.data['rows']))
     fetch_at_once = self.mesh.devices.flat[0].platform == 'cpu'  # many CPU devices deadlock when steps pile up
     step = int(state.step)
     previous: Metrics | None = None
+    signal_of_any, stopped_by = Largest(self.mesh), 0
     with jax.set_mesh(self.mesh):
       while step < last_step:
+        if stopped_by := signal_of_any(interruption.number):
+          interruption.stop(stopped_by)
+          break
         began = time.monotonic()
         batch = next(self.batches)
         arrays = to_devices(batch, self.mesh)
@@ -173,8 +193,14 @@ class _Run:
         if stops:
           break
     if self.saved_step != step:
+      if previous is not None:  # an interruption between two lines of the log
+        self._check_finite(previous, step)
+        if step % config.log_every:
+          log.write(step, dropped=dropped_documents(self.batches))
       self._save(state, step)
     self.checkpoints.wait()
+    if stopped_by:
+      raise InterruptedRunError(stopped_by, step)
     return state
 
   def _save(self, state: TrainState, step: int) -> None:

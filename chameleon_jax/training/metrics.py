@@ -51,8 +51,8 @@ def figure(value: float) -> str:
 class MetricsWriter:
   """Writes `workdir/metrics.jsonl` and `workdir/tensorboard/`, and the progress line (to `stream`, a text file; stderr by default).
 
-  A line of metrics.jsonl is `{"step": 20, "time": <seconds since 1970>, "train/loss": 3.2, ...}`. A resumed
-  run appends; of two lines with the same step and prefix the later one counts.
+  A line of metrics.jsonl is `{"step": 20, "time": <seconds since 1970>, "train/loss": 3.2, ...}`. A resumed run calls `rewind` and
+  appends, so each step has one line of each prefix, and the lines are those of a run that was never interrupted.
   """
 
   def __init__(self, workdir: str | os.PathLike, *, total_steps: int, stream: Any = None):
@@ -61,16 +61,39 @@ class MetricsWriter:
     self._recent: collections.deque[tuple[float, int]] = collections.deque(maxlen=32)  # (time, step) of the last progress lines
     self._active = jax.process_index() == 0
     if self._active:
-      workdir = Path(workdir)
-      workdir.mkdir(parents=True, exist_ok=True)
-      self._jsonl = (workdir / 'metrics.jsonl').open('a', encoding='utf-8', buffering=1)
-      self._events = SummaryWriter(str(workdir / 'tensorboard'), flush_secs=30)
+      self._workdir = Path(workdir)
+      self._workdir.mkdir(parents=True, exist_ok=True)
+      self._open(None)
+
+  def _open(self, purge_step: int | None) -> None:
+    self._jsonl = (self._workdir / 'metrics.jsonl').open('a', encoding='utf-8', buffering=1)
+    self._events = SummaryWriter(str(self._workdir / 'tensorboard'), purge_step=purge_step, flush_secs=30)
 
   def __enter__(self) -> 'MetricsWriter':
     return self
 
   def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
     self.close()
+
+  def rewind(self, step: int) -> None:
+    """Takes back what was written for the steps after `step`, which the run does again, and a line that a kill cut off.
+
+    TensorBoard is told to forget them; its old files stay.
+    """
+    if not self._active:
+      return
+    path = self._workdir / 'metrics.jsonl'
+    lines = path.read_text(encoding='utf-8', errors='replace').splitlines(keepends=True)
+    kept = [line for line in lines if _is_whole(line) and json.loads(line)['step'] <= step]
+    if len(kept) == len(lines):
+      return
+    self._jsonl.close()
+    self._events.close()
+    aside = path.with_suffix('.writing')
+    aside.write_text(''.join(kept), encoding='utf-8')
+    os.replace(aside, path)
+    self._open(step + 1)
+    self.say(f'{path}: {len(lines) - len(kept):,} lines after step {step:,} taken back')
 
   def write(self, step: int, values: Mapping[str, float], *, prefix: str = 'train') -> None:
     """Records scalars of one step under `prefix/name`; values that are not finite are kept as strings in the JSON."""
@@ -111,6 +134,15 @@ class MetricsWriter:
       self._jsonl.close()
       self._events.close()
       self._active = False
+
+
+def _is_whole(line: str) -> bool:
+  """Whether it is a line of metrics.jsonl, to its end."""
+  try:
+    values = json.loads(line)
+  except ValueError:
+    return False
+  return line.endswith('\n') and isinstance(values, dict) and isinstance(values.get('step'), int)
 
 
 class StepLog:

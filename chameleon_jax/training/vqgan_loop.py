@@ -17,7 +17,9 @@ from chameleon_jax.errors import ChameleonError, ConfigError
 from chameleon_jax.evals.reconstruction import evaluate_reconstruction
 from chameleon_jax.interop.native import ModelParts, abstract_vqgan, load_model, save_model
 from chameleon_jax.partitioning import batch_sharding, fetch, make_mesh, place
+from chameleon_jax.training.agreement import Largest
 from chameleon_jax.training.checkpoint import Checkpoints, resolved
+from chameleon_jax.training.interruption import InterruptedRunError, Interruption
 from chameleon_jax.training.mesh_checks import check_image_tokenizer_mesh
 from chameleon_jax.training.metrics import MetricsWriter
 from chameleon_jax.training.optimizer import make_optimizer
@@ -45,6 +47,7 @@ def train_image_tokenizer(
     stop_after: return after this step as if the run had been interrupted there (with a checkpoint, without a model).
 
   Raises:
+    InterruptedRunError: SIGTERM or SIGINT came; the state is saved, no model folder is written.
     ChameleonError: bad settings or data, a failed save, or a loss that is not finite.
   """
   workdir = pathlib.Path(workdir)
@@ -63,22 +66,28 @@ def train_image_tokenizer(
 
   last = config.n_steps if stop_after is None else min(stop_after, config.n_steps)
   with (
+    Interruption(config.checkpoint.grace_seconds) as interruption,
     Checkpoints(workdir / 'checkpoints', config.checkpoint) as checkpoints,
     MetricsWriter(workdir, total_steps=config.n_steps) as writer,
   ):
-    start = checkpoints.latest_step()
+    start = checkpoints.intact_step(writer.say)
     if start is not None:
       state = checkpoints.restore(abstract_state(config, optimizer, discriminator_optimizer, mesh), step=start)
       writer.say(f'resuming after step {start}')
     else:
       start = 0
       state = make_initial_state(config, optimizer, discriminator_optimizer, mesh, params=_initial_params(config))
+    writer.rewind(start)
     writer.say(describe(config, state, pictures))
     if last > start:
       writer.say('compiling (a minute or so)')
     key = jax.random.key(config.seed)
     pending: list[tuple[int, Array]] = []
+    signal_of_any, stopped_by, done, saved = Largest(mesh), 0, start, start
     for step in range(start, last):
+      if stopped_by := signal_of_any(interruption.number):
+        interruption.stop(stopped_by)
+        break
       batch = pictures['train'][batch_indices(len(pictures['train']), config.batch_size, seed=config.seed, step=step)]
       batch = augment(batch, seed=config.seed, step=step, horizontal_flip=config.horizontal_flip, max_shift=config.max_shift)
       adversarial = config.loss.discriminator_weight > 0 and step >= config.loss.discriminator_start
@@ -96,7 +105,13 @@ def train_image_tokenizer(
         _evaluate(config, state, pictures, writer)
       if save:
         checkpoints.save(done, state, config=resolved(config))
+        saved = done
+    if stopped_by and saved != done:
+      check_finite(pending)
+      checkpoints.save(done, state, config=resolved(config))
     checkpoints.wait()
+    if stopped_by:
+      raise InterruptedRunError(stopped_by, done)
   if last == config.n_steps:
     save_model(workdir / 'model', ModelParts(vqgan_config=config.model, vqgan_params=jax.tree.map(fetch, state.best_params)))
   return state

@@ -11,6 +11,7 @@ from absl import flags
 from chameleon_jax.cli import flags as config_flags
 from chameleon_jax.cli import main as cli
 from chameleon_jax.errors import DataError
+from chameleon_jax.training.interruption import InterruptedRunError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +151,7 @@ def test_a_missing_file_names_its_neighbour(probe, capsys, tmp_path):
         (DataError('record 3 of f\nis damaged'), 1, 'chameleon: record 3 of f is damaged'),
         (OSError(errno.ENOSPC, 'No space left on device', 'run/1'), 1, 'chameleon: the disk is full: run/1'),
         (FileNotFoundError(errno.ENOENT, 'No such file or directory', 'p.png'), 1, 'chameleon: No such file or directory: p.png'),
+        (InterruptedRunError(15, 7), 143, 'chameleon: stopped by SIGTERM after step 7; it is saved'),
         (KeyboardInterrupt(), 130, 'chameleon: interrupted'),
     ],
 )

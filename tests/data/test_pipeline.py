@@ -10,11 +10,12 @@ from chameleon_jax import presets
 from chameleon_jax.config import DataConfig, MeshConfig, StageConfig
 from chameleon_jax.data.pipeline import CachedText, dropped_documents, make_batches, stage_ends, to_devices, validation_batches, with_noise
 from chameleon_jax.data.sources import source as registry
-from chameleon_jax.errors import ConfigError, DataError
+from chameleon_jax.errors import CheckpointError, ConfigError, DataError
 from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.tokens.document import Codes, Document, Image, Text
 from chameleon_jax.tokens.render import Rendered
 from chameleon_jax.tokens.vocabulary import Vocabulary
+from chameleon_jax.training.checkpoint import _merged
 
 VOCABULARY = Vocabulary(presets.tiny_vocabulary())
 FIRST_TEXT = VOCABULARY.text_start
@@ -61,6 +62,7 @@ class Source:
 def sources(monkeypatch):
   made = {
       'letters_a': lambda split, codes: Source('a'),
+      'letters_24': lambda split, codes: Source('x', n=24),
       'letters_b': lambda split, codes: Source('b', n=7 if split == 'train' else 3),
       'letters_train_only': lambda split, codes: Source('c', n=5 if split == 'train' else 0),
       'letters_pictures': lambda split, codes: Source('d', picture='codes'),
@@ -177,20 +179,99 @@ def test_the_state_resumes_at_every_step(prefetch):
     assert all(map(_equal, rest, whole[done:]))
 
 
-def test_hosts_share_the_documents():
-  config = _config(batch_size=8)
-  hosts = [list(_batches(config, n_steps=2, process=(index, 2))) for index in range(2)]
-  assert all(batch['tokens'].shape == (4, 32) for host in hosts for batch in host)
-  lengths = [[length for _, length, _ in _documents(host)] for host in hosts]
+def test_shards_share_the_documents():
+  config = _config(batch_size=8, shards=2)
+  shards = [list(_batches(config, n_steps=2, rows=np.arange(4 * shard, 4 * shard + 4))) for shard in range(2)]
+  assert all(batch['tokens'].shape == (4, 32) for shard in shards for batch in shard)
+  lengths = [[length for _, length, _ in _documents(shard)] for shard in shards]
   assert not set(lengths[0][:8]) & set(lengths[1][:8])  # the first epoch of 20 documents, half of it each
 
 
-def test_hosts_see_the_same_mixture():
-  """Every second element of an alternating mixture would leave each host with one source."""
-  config = _config((1.0, (('letters_a', 1.0), ('letters_b', 1.0))), batch_size=8)
-  for index in range(2):
-    letters = [letter for letter, _, _ in _documents(_batches(config, n_steps=10, process=(index, 2)))]
+def test_shards_see_the_same_mixture():
+  """Every second element of an alternating mixture would leave each shard with one source."""
+  config = _config((1.0, (('letters_a', 1.0), ('letters_b', 1.0))), batch_size=8, shards=2)
+  for shard in range(2):
+    letters = [letter for letter, _, _ in _documents(_batches(config, n_steps=10, rows=np.arange(4 * shard, 4 * shard + 4)))]
     assert 0.4 < letters.count('a') / len(letters) < 0.6
+
+
+def test_an_epoch_over_several_shards_holds_every_document_once():
+  """24 documents over 4 shards, of which each gives 6; one open row keeps their order."""
+  found = {shard: [] for shard in range(4)}
+  for batch in _batches(_config((1.0, (('letters_24', 1.0),)), batch_size=8, shards=4, packing_bins=1), n_steps=4):
+    for shard in found:
+      found[shard] += _documents([{name: value[2 * shard : 2 * shard + 2] for name, value in batch.items()}])
+  epoch = [length for documents in found.values() for _, length, _ in documents[:6]]
+  assert sorted(epoch) == list(range(1, 25))
+
+
+STAGES = ((0.5, (('letters_a', 1.0), ('letters_pictures', 1.0))), (0.5, (('letters_b', 1.0), ('letters_pictures', 3.0))))
+
+
+def _hosts(config, hosts):
+  """One iterator a host; `hosts` lists their rows."""
+  return [_batches(config, n_steps=6, rows=np.array(rows)) for rows in hosts]
+
+
+def _joined(hosts, batches):
+  """The global batch of one step, row r where row r belongs."""
+  order = np.argsort(np.concatenate(hosts))
+  return {name: np.concatenate([batch[name] for batch in batches])[order] for name in batches[0]}
+
+
+HOSTS = {
+    'one': [list(range(8))],
+    'two': [[0, 1, 2, 3], [4, 5, 6, 7]],
+    'four': [[0, 1], [2, 3], [4, 5], [6, 7]],
+    'eight': [[row] for row in range(8)],
+    'crossed': [[0, 1, 4, 5], [2, 3, 6, 7]],  # as where the devices of a host are not neighbours in the mesh
+}
+
+
+@pytest.mark.parametrize('shards', [1, 4])
+def test_the_number_of_hosts_changes_no_row_and_may_change_on_the_way(shards):
+  config = _config(*STAGES, seq_len=40, batch_size=8, shards=shards)
+  whole = list(_hosts(config, HOSTS['one'])[0])
+  assert len(whole) == 6 and not _equal(whole[0], whole[1])
+  position, done = None, 0
+  for name, n_steps in (('two', 2), ('eight', 1), ('crossed', 1), ('one', 1), ('four', 1)):
+    iterators = _hosts(config, HOSTS[name])
+    if position is not None:
+      for iterator in iterators:
+        iterator.set_state(json.loads(json.dumps(position)))
+    for _ in range(n_steps):
+      assert _equal(_joined(HOSTS[name], [next(iterator) for iterator in iterators]), whole[done])
+      done += 1
+    position = _merged(iterator.get_state() for iterator in iterators)
+    assert position['shards'].keys() == {str(shard) for shard in range(shards)}
+  assert done == 6
+
+
+def test_a_host_runs_only_the_shards_of_its_rows():
+  iterator, = _hosts(_config(batch_size=8, shards=4), [[4, 5]])
+  assert iterator.get_state()['shards'].keys() == {'2'}
+
+
+def test_a_position_must_fit_the_config_and_the_data(monkeypatch):
+  state = _batches(_config(batch_size=8, shards=4)).get_state()
+  with pytest.raises(ConfigError, match='written with data.shards 4, config has 2; set data.shards=4'):
+    _batches(_config(batch_size=8, shards=2)).set_state(state)
+  with pytest.raises(CheckpointError, match='data shard 3 is not in the checkpoint'):
+    _batches(_config(batch_size=8, shards=4)).set_state({**state, 'shards': {key: state['shards'][key] for key in '012'}})
+  monkeypatch.setitem(registry.SOURCES, 'letters_a', lambda split, codes: Source('a', n=21))
+  with pytest.raises(DataError, match="'letters_a' has 21 documents, it had 20 when the checkpoint was written"):
+    _batches(_config(batch_size=8, shards=4)).set_state(state)
+
+
+def test_a_position_from_before_shards_is_that_of_the_only_one():
+  iterator = _batches(_config(*STAGES, seq_len=40), n_steps=6)
+  whole = [next(iterator) for _ in range(3)]
+  state = iterator.get_state()['shards']['0']
+  resumed = _batches(_config(*STAGES, seq_len=40), n_steps=6)
+  resumed.set_state(state)
+  assert _equal(next(resumed), next(iterator)) and len(whole) == 3
+  with pytest.raises(ConfigError, match='set data.shards=1'):
+    _batches(_config(batch_size=8, shards=2)).set_state(state)
 
 
 def test_long_documents_are_dropped_and_counted():
@@ -234,8 +315,6 @@ def test_validation_batches_are_the_same_each_time():
 def test_errors():
   with pytest.raises(ConfigError, match=r'data.stages is empty'):
     _batches(DataConfig(seq_len=32, batch_size=4))
-  with pytest.raises(ConfigError, match='does not split over 3 hosts'):
-    _batches(_config(), process=(0, 3))
   with pytest.raises(DataError, match="'letters_train_only' has no documents in split 'validation'"):
     _batches(_config((1.0, (('letters_train_only', 1.0),))), split='validation')
   with pytest.raises(DataError, match="unknown source 'letters_x'"):

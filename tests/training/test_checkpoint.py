@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import resource
+import shutil
 
 import grain
 import jax
@@ -13,6 +14,7 @@ import pytest
 
 from chameleon_jax.config import CheckpointConfig, MeshConfig
 from chameleon_jax.errors import CheckpointError
+from chameleon_jax.training import checkpoint
 from chameleon_jax.training.checkpoint import Checkpoints, load_tree, resolved, save_tree
 
 STATE = {'params': {'kernel': jnp.arange(6.0).reshape(2, 3), 'half': jnp.ones(4, jnp.bfloat16)}, 'step': jnp.int32(3)}
@@ -115,6 +117,121 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path, asynchronous):
     assert checkpoints.latest_step() == 1
     restored = checkpoints.restore(_abstract(state))
   np.testing.assert_array_equal(restored['big'], state['big'])
+
+
+def test_last_steps_and_every_so_many_are_kept(tmp_path):
+  with Checkpoints(tmp_path, CheckpointConfig(every_steps=1, keep_last=2, keep_every=3)) as checkpoints:
+    for step in range(1, 9):
+      checkpoints.save(step, {'x': jnp.zeros(2)}, config={})
+    checkpoints.wait()
+    assert checkpoints.all_steps() == [3, 6, 7, 8]
+
+
+@pytest.fixture(scope='module')
+def two_steps(tmp_path_factory):
+  """Checkpoints 1 and 2 of one array, 1 and 2 everywhere."""
+  folder = tmp_path_factory.mktemp('two') / 'c'
+  with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+    for step in (1, 2):
+      checkpoints.save(step, {'x': jnp.full(3000, float(step))}, iterator=_counting_iterator(), config={'step': step})
+  return folder
+
+
+def _largest(folder):
+  return max((path for path in folder.rglob('*') if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def _flip_a_bit(step):
+  path = next(path for path in sorted((step / 'state').rglob('d/*')) if path.stat().st_size > 20)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 4
+  path.write_bytes(bytes(data))
+
+
+DAMAGES = {
+    'flipped bit': (_flip_a_bit, 'checksum'),
+    'cut off': (lambda step: _largest(step / 'state').write_bytes(b'half'), 'has 4 bytes'),
+    'array gone': (lambda step: _largest(step / 'state').unlink(), 'missing'),
+    'config unreadable': (lambda step: (step / 'config' / 'metadata').write_text('{"format": "cham'), 'config/metadata has 16 bytes'),
+    'no commit marker': (lambda step: (step / 'commit_success.txt').unlink(), 'commit_success.txt is missing'),
+    'table unreadable': (lambda step: (step / 'checksums-0-of-1.json').write_text('{'), 'checksums-0-of-1.json cannot be read'),
+    'state gone': (lambda step: shutil.rmtree(step / 'state'), 'missing'),
+}
+
+
+@pytest.mark.parametrize('name', DAMAGES)
+def test_a_damaged_newest_step_is_passed_over(two_steps, tmp_path, name):
+  folder, said = tmp_path / 'c', []
+  shutil.copytree(two_steps, folder)
+  damage, message = DAMAGES[name]
+  damage(folder / '2')
+  state = {'x': jnp.full(3000, 3.0)}
+  with Checkpoints(folder, CheckpointConfig()) as checkpoints:
+    assert checkpoints.intact_step(said.append) == 1
+    assert len(said) == 1 and message in said[0] and said[0].endswith('it is now damaged-2, going back to step 1')
+    assert checkpoints.all_steps() == [1]
+    np.testing.assert_array_equal(checkpoints.restore(_abstract(state))['x'], np.ones(3000))
+    checkpoints.save(2, state, config={})  # the run comes to that step again
+    checkpoints.wait()
+    assert checkpoints.intact_step(said.append) == 2
+  assert len(said) == 1 and (folder / 'damaged-2').is_dir()
+
+
+def test_a_run_whose_steps_are_all_damaged_does_not_start_anew(two_steps, tmp_path):
+  folder, said = tmp_path / 'c', []
+  shutil.copytree(two_steps, folder)
+  for step in '12':
+    _flip_a_bit(folder / step)
+  with Checkpoints(folder, CheckpointConfig()) as checkpoints, pytest.raises(CheckpointError, match='is intact; bring one back'):
+    checkpoints.intact_step(said.append)
+  assert 'there is none before it' in said[1]
+
+
+def test_steps_without_checksums_count_as_unchecked(tmp_path):
+  with Checkpoints(tmp_path, CheckpointConfig(checksums=False)) as checkpoints:
+    assert checkpoints.intact_step(print) is None
+    checkpoints.save(1, STATE, config={})
+    checkpoints.wait()
+    assert not list((tmp_path / '1').glob('checksums*'))
+    assert checkpoints.intact_step(print) == 1
+
+
+def test_the_positions_of_all_hosts_are_saved_as_one(tmp_path, monkeypatch):
+  class Position:
+    def __init__(self, state):
+      self.state = state
+
+    def get_state(self):
+      return self.state
+
+    def set_state(self, state):
+      self.state = state
+
+  hosts = [{'n': 2, 'shards': {'0': {'at': 5}}}, {'n': 2, 'shards': {'1': {'at': 7}}}]
+  monkeypatch.setattr(checkpoint, 'gather', lambda text: [json.dumps(host) for host in hosts])
+  with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+    checkpoints.save(1, STATE, iterator=Position(hosts[0]), config={})
+    checkpoints.wait()
+    restored = Position({})
+    checkpoints.restore(_abstract(STATE), iterator=restored)
+    assert restored.state == {'n': 2, 'shards': {'0': {'at': 5}, '1': {'at': 7}}}
+    hosts[1]['shards'] = {'0': {'at': 6}}  # both run shard 0, and differ
+    with pytest.raises(CheckpointError, match=r'hosts disagree about the position in the data \(5 and 6\)'):
+      checkpoints.save(2, STATE, iterator=Position(hosts[0]), config={})
+
+
+def test_a_position_of_the_format_before_is_read(tmp_path):
+  iterator = _counting_iterator()
+  next(iterator)
+  with Checkpoints(tmp_path, CheckpointConfig(checksums=False)) as checkpoints:
+    checkpoints.save(1, STATE, iterator=iterator, config={})
+  shutil.rmtree(tmp_path / '1' / 'position')
+  (tmp_path / '1' / 'iterator').mkdir()
+  (tmp_path / '1' / 'iterator' / 'process_0-of-1.json').write_text(json.dumps(iterator.get_state(), indent=4))
+  with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+    other = _counting_iterator()
+    checkpoints.restore(_abstract(STATE), iterator=other)
+    assert next(other) == 1
 
 
 def test_a_half_written_step_is_no_checkpoint(tmp_path):

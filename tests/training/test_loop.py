@@ -1,11 +1,16 @@
-"""Whole runs: resuming after a kill and after a clean stop, stopping on a loss that is not finite, the model folder."""
+"""Whole runs: resuming after a stop, on another mesh and on other hosts, stopping on a loss that is not finite, the model folder.
+
+Kills at any moment are in tests/tools/test_kill_test.py.
+"""
 
 import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 
@@ -23,6 +28,7 @@ from chameleon_jax.tokens.document import Document, Image, Text
 from chameleon_jax.tokens.text_json import JsonText
 from chameleon_jax.training import loop
 from chameleon_jax.training.checkpoint import Checkpoints
+from chameleon_jax.training.interruption import InterruptedRunError
 from chameleon_jax.training.loop import NonFiniteLossError, train
 from chameleon_jax.training.state import unboxed
 
@@ -39,10 +45,12 @@ def _load_script():
 tiny_run = _load_script()
 
 
-@pytest.fixture(autouse=True)
-def sources(monkeypatch):
-  for name, factory in tiny_run.SOURCES.items():
-    monkeypatch.setitem(registry.SOURCES, name, factory)
+@pytest.fixture(autouse=True, scope='module')
+def sources():
+  with pytest.MonkeyPatch.context() as patch:
+    for name, factory in tiny_run.SOURCES.items():
+      patch.setitem(registry.SOURCES, name, factory)
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -50,75 +58,78 @@ def tokenizers():
   return tiny_run.tokenizers()
 
 
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory, tokenizers):
+  """(config, workdir, last state) of a run that nothing disturbed."""
+  config, workdir = tiny_run.elastic_config(), tmp_path_factory.mktemp('runs') / 'whole'
+  return config, workdir, train(config, workdir, tokenizers=tokenizers)
+
+
+@pytest.fixture(scope='module')
+def stopped(whole, tokenizers):
+  """Workdir of the same run, stopped by SIGTERM after step 4."""
+  config, workdir = whole[0], whole[1].with_name('stopped')
+  undo = tiny_run.signal_after(4, signal.SIGTERM)
+  try:
+    with pytest.raises(InterruptedRunError, match='stopped by SIGTERM after step 4; it is saved') as raised:
+      train(config, workdir, tokenizers=tokenizers)
+  finally:
+    undo()
+  assert raised.value.exit_code == 143
+  return workdir
+
+
 def _metrics(workdir, *, prefix='train'):
-  """step -> its last written values, without what depends on the clock."""
+  """step -> its values, without what depends on the clock; no step has two."""
   found = {}
   for line in (workdir / 'metrics.jsonl').read_text().splitlines():
     values = json.loads(line)
     kept = {name: value for name, value in values.items() if name.startswith(prefix) and 'second' not in name and 'wait' not in name}
     if kept:
+      assert values['step'] not in found
       found[values['step']] = kept
   return found
 
 
-@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
-def test_losses_are_bit_identical_after_sigkill(tmp_path, optimizer):
-  environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(path for path in sys.path if path), 'XLA_FLAGS': ''}
-  command = [sys.executable, str(SCRIPT), str(tmp_path / 'killed'), '--optimizer', optimizer]
-  first = subprocess.run([*command, '--whole_first', '--kill_after', '8'], env=environment, capture_output=True, text=True, timeout=300)
-  assert first.returncode == -signal.SIGKILL, first.stderr
-  assert sorted(_metrics(tmp_path / 'killed')) == list(range(1, 9))
-  assert not (tmp_path / 'killed' / 'model').exists()
-
-  second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-  assert second.returncode == 0, second.stderr
-  assert 'resumed after step' in second.stderr
-  whole, resumed = _metrics(tmp_path / 'whole'), _metrics(tmp_path / 'killed')
-  assert sorted(whole) == list(range(1, 13))
-  assert resumed == whole
-  assert _metrics(tmp_path / 'killed', prefix='validation') == _metrics(tmp_path / 'whole', prefix='validation')
-  kept = json.loads((tmp_path / 'killed' / 'config.json').read_text())
-  assert kept['data']['stages'][1] == {'fraction': 0.5, 'weights': [['counting_text', 0.5], ['counting_pairs', 0.5]]}
-
-
-def test_a_run_in_two_parts_on_a_mesh_is_the_run_in_one(tmp_path, tokenizers, capsys):
-  config = tiny_run.config(mesh=MeshConfig(data=2, fsdp=2, tensor=2))
-  whole = train(config, tmp_path / 'whole', tokenizers=tokenizers)
+def test_a_run_in_two_parts_on_a_mesh_is_the_run_in_one(whole, tmp_path, tokenizers, capsys):
+  config, folder, whole = whole
   half = train(config, tmp_path / 'parts', tokenizers=tokenizers, stop_after=5)
   assert int(half.step) == 5
   assert load_model(tmp_path / 'parts' / 'model').transformer_config == config.model
   parts = train(config, tmp_path / 'parts', tokenizers=tokenizers)
   assert int(parts.step) == int(whole.step) == 12
-  assert _metrics(tmp_path / 'parts') == _metrics(tmp_path / 'whole')
+  assert _metrics(tmp_path / 'parts') == _metrics(folder)
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), parts.params, whole.params)
 
-  values = _metrics(tmp_path / 'whole')
+  values = _metrics(folder)
   assert 'train/loss_image' not in values[6]
   assert values[7]['train/loss_image'] > 0  # the stage with pictures began
   assert values[12]['train/loss_text'] < values[1]['train/loss_text'] - 1
   assert {'train/gradient_norm', 'train/logit_norm', 'train/z', 'train/parameter_norm', 'train/fill'} <= values[1].keys()
-  validation = _metrics(tmp_path / 'whole', prefix='validation')
+  validation = _metrics(folder, prefix='validation')
   assert sorted(validation) == [8, 12]
   assert {'validation/loss_text', 'validation/loss_image', 'validation/counting_text/loss_text'} <= validation[12].keys()
 
+  kept = json.loads((tmp_path / 'parts' / 'config.json').read_text())
+  assert kept['data']['stages'][1] == {'fraction': 0.5, 'weights': [['counting_text', 0.5], ['counting_pairs', 0.5]]}
   model = load_model(tmp_path / 'parts' / 'model')
   assert model.transformer_config == config.model
   assert model.vocabulary == tiny_run.VOCABULARY
   jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b), model.transformer_params, jax.device_get(parts.params))
-  with Checkpoints(tmp_path / 'whole' / 'checkpoints', config.checkpoint) as checkpoints:
+  with Checkpoints(folder / 'checkpoints', config.checkpoint) as checkpoints:
     assert checkpoints.all_steps() == [9, 12]
     assert checkpoints.config(9)['optimizer']['learning_rate'] == 0.01
 
   capsys.readouterr()
-  train(config, tmp_path / 'whole', tokenizers=tokenizers)  # nothing left to do
+  train(config, folder, tokenizers=tokenizers)  # nothing left to do
   assert 'resumed after step 12' in capsys.readouterr().err
 
   other = dataclasses.replace(config, model=dataclasses.replace(config.model, d_ff=128))
   with pytest.raises(CheckpointError, match="'params/layers/feed_forward/down_proj' has shape"):
-    train(other, tmp_path / 'whole', tokenizers=tokenizers)
+    train(other, folder, tokenizers=tokenizers)
   assert 'note: config differs from the checkpoint: config.model.d_ff was 64, is 128' in capsys.readouterr().err
 
-  fine_tune = dataclasses.replace(config, init_from=str(tmp_path / 'whole' / 'model'), seed=5)
+  fine_tune = dataclasses.replace(config, init_from=str(folder / 'model'), seed=5)
   tuned = train(fine_tune, tmp_path / 'tuned', max_minutes=0)  # its tokenizers come from init_from
   assert int(tuned.step) == 1
   tuned_metrics = _metrics(tmp_path / 'tuned')
@@ -126,6 +137,71 @@ def test_a_run_in_two_parts_on_a_mesh_is_the_run_in_one(tmp_path, tokenizers, ca
   assert tuned_metrics[1]['train/loss'] < values[1]['train/loss'] - 1
   with Checkpoints(tmp_path / 'tuned' / 'checkpoints', config.checkpoint) as checkpoints:
     assert checkpoints.latest_step() == 1
+
+
+def _assert_same_losses(workdir, whole, *, bitwise_until):
+  """All losses of both runs, to the bit up to that step, to 1e-5 after it."""
+  for prefix in ('train', 'validation'):
+    mine, theirs = _metrics(workdir, prefix=prefix), _metrics(whole, prefix=prefix)
+    assert mine.keys() == theirs.keys()
+    for step, values in theirs.items():
+      losses = {name: value for name, value in values.items() if '/loss' in name or name.endswith(('_text', '_image'))}
+      assert losses and {name: mine[step][name] for name in losses} == pytest.approx(losses, rel=0 if step <= bitwise_until else 1e-5, abs=0)
+
+
+def test_a_stopped_run_goes_on_on_another_mesh_and_from_the_last_intact_step(whole, stopped, tmp_path, tokenizers, capsys):
+  config, folder, _ = whole
+  workdir = tmp_path / 'elastic'
+  shutil.copytree(stopped, workdir)
+  assert sorted(_metrics(workdir)) == [1, 2, 3, 4] and not (workdir / 'model').exists()
+  with Checkpoints(workdir / 'checkpoints', config.checkpoint) as checkpoints:
+    assert checkpoints.all_steps() == [3, 4]
+  train(dataclasses.replace(config, mesh=MeshConfig(data=8, fsdp=1, tensor=1)), workdir, tokenizers=tokenizers, stop_after=8)
+  assert sorted(_metrics(workdir)) == list(range(1, 9))
+  damaged = max((workdir / 'checkpoints' / '8' / 'state').rglob('d/*'), key=lambda path: path.stat().st_size)
+  damaged.write_bytes(damaged.read_bytes()[:-1])
+
+  capsys.readouterr()
+  train(config, workdir, tokenizers=tokenizers)
+  said = capsys.readouterr().err
+  assert said.count('is damaged') == 1 and 'it is now damaged-8, going back to step 6' in said
+  assert 'resumed after step 6' in said and 'lines after step 6 taken back' in said
+  _assert_same_losses(workdir, folder, bitwise_until=4)
+
+
+def test_a_stopped_run_goes_on_on_two_hosts_and_one_host_stops_both(whole, stopped, tmp_path, tokenizers):
+  """SIGTERM comes to the second host alone; both save the same step, from which one host goes on."""
+  config, folder, _ = whole
+  workdir = tmp_path / 'hosts'
+  shutil.copytree(stopped, workdir)
+  with socket.socket() as listener:
+    listener.bind(('127.0.0.1', 0))
+    port = listener.getsockname()[1]
+  path = os.pathsep.join(path for path in sys.path if path)
+  environment = {**os.environ, 'PYTHONPATH': path, 'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+  hosts = [
+      subprocess.Popen(
+          [sys.executable, str(SCRIPT), str(workdir), str(port), str(index), '2', *(['8'] if index else [])],
+          env=environment,
+          stderr=subprocess.PIPE,
+          text=True,
+      )
+      for index in range(2)
+  ]
+  try:
+    said = [host.communicate(timeout=240)[1] for host in hosts]
+  finally:
+    for host in hosts:
+      host.kill()
+  assert [host.returncode for host in hosts] == [143, 143], said
+  assert 'resumed after step 4' in said[0] and 'SIGTERM: saving and stopping within 30 s' in said[1]
+  with Checkpoints(workdir / 'checkpoints', config.checkpoint) as checkpoints:
+    step = checkpoints.latest_step()
+  assert step in (8, 9, 10)
+  assert all(f'chameleon: stopped by SIGTERM after step {step}' in text for text in said)
+  assert len(list((workdir / 'checkpoints' / str(step)).glob('checksums-*-of-2.json'))) == 2
+  train(config, workdir, tokenizers=tokenizers)
+  _assert_same_losses(workdir, folder, bitwise_until=4)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tokenizers):

@@ -5,7 +5,7 @@ import json
 import types
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from chameleon_jax.training import metrics
 from chameleon_jax.training.metrics import MetricsWriter, duration, figure
@@ -42,6 +42,35 @@ def test_a_resumed_run_appends(tmp_path):
     with MetricsWriter(tmp_path, total_steps=2) as writer:
       writer.write(step, {'loss': 1.0})
   assert len((tmp_path / 'metrics.jsonl').read_text().splitlines()) == 2
+
+
+def test_a_rewound_run_has_each_step_once(tmp_path):
+  with MetricsWriter(tmp_path, total_steps=9) as writer:
+    for step in (1, 2, 3):
+      writer.write(step, {'loss': float(step)})
+      writer.write(step, {'loss': 10.0 * step}, prefix='validation')
+  path = tmp_path / 'metrics.jsonl'
+  path.write_text(path.read_text() + '{"step": 4, "time": 17')  # the kill came here
+  stream = io.StringIO()
+  with MetricsWriter(tmp_path, total_steps=9, stream=stream) as writer:
+    writer.rewind(2)
+    for step in (3, 4):
+      writer.write(step, {'loss': 0.5})
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  losses = [(line['step'], line.get('train/loss'), line.get('validation/loss')) for line in lines]
+  assert losses == [(1, 1.0, None), (1, None, 10.0), (2, 2.0, None), (2, None, 20.0), (3, 0.5, None), (4, 0.5, None)]
+  assert stream.getvalue() == f'{path}: 3 lines after step 2 taken back\n'
+  events = [Event.FromString(record) for file in (tmp_path / 'tensorboard').iterdir() for record in _records(file)]
+  assert [event.step for event in events if event.session_log.status == SessionLog.START] == [3]  # TensorBoard hides steps 3 and on
+
+
+def test_nothing_to_rewind_leaves_the_file_alone(tmp_path):
+  with MetricsWriter(tmp_path, total_steps=9) as writer:
+    writer.write(2, {'loss': 1.0})
+    before = (tmp_path / 'metrics.jsonl').stat().st_ino
+    writer.rewind(2)
+  assert (tmp_path / 'metrics.jsonl').stat().st_ino == before
+  assert len(list((tmp_path / 'tensorboard').iterdir())) == 1
 
 
 def test_progress_line(tmp_path, monkeypatch):

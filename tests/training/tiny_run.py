@@ -1,19 +1,22 @@
-"""A run of seconds on a scripted source: `python tiny_run.py WORKDIR [--kill_after N] [--whole_first] [--optimizer adamw|muon]`.
+"""A run of seconds on a scripted source, for the tests of whole runs and for tools/kill_test.py.
 
-With --kill_after the process kills itself, as `kill -9` does, right after the metrics of that step are written.
-Also imported by test_loop.py.
+As a script it is one of several processes of a run: `python tiny_run.py WORKDIR PORT INDEX COUNT [TERM_AFTER]`. With TERM_AFTER
+the process sends itself SIGTERM after that step.
 """
 
-import argparse
 import dataclasses
+import hashlib
+import json
 import os
 import pathlib
 import signal
+import sys
 
+import jax
 import numpy as np
 
 from chameleon_jax import presets
-from chameleon_jax.config import CheckpointConfig, DataConfig, OptimizerConfig, StageConfig, TrainConfig, VocabularyConfig
+from chameleon_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, StageConfig, TrainConfig, VocabularyConfig
 from chameleon_jax.data.sources import source as registry
 from chameleon_jax.interop.native import ModelParts
 from chameleon_jax.tokens.document import Codes, Document, Text
@@ -64,39 +67,72 @@ def config(**changes):
   return TrainConfig(**values)
 
 
+def elastic_config(**changes):
+  """On eight devices, with two data shards."""
+  return config(mesh=MeshConfig(data=2, fsdp=2, tensor=2), data=dataclasses.replace(config().data, shards=2), **changes)
+
+
 def tokenizers():
   text = ' '.join(str(number) for number in range(32))
   return ModelParts(text_tokenizer=train_text_tokenizer([text] * 20, n_pieces=267, character_coverage=1.0, seed=0))
 
 
-def _kill_after(step):
-  write = loop.MetricsWriter.write
+def with_optimizer(run, name):
+  """The run with another optimizer; with Muon also the unrolled layers of the emoji experiments."""
+  model = dataclasses.replace(run.model, scan_layers=name == 'adamw')
+  return dataclasses.replace(run, model=model, optimizer=dataclasses.replace(run.optimizer, name=name))
 
-  def write_and_die(self, at, values, *, prefix='train'):
+
+def record_steps(path):
+  """From now on every step of a run appends {step, hash of its batch, its loss to the last bit} to `path`."""
+  make = loop.make_train_step
+
+  def make_recording(*arguments):
+    step = make(*arguments)
+
+    def recording(state, batch, key):
+      digest = hashlib.sha256(b''.join(np.asarray(batch[name]).tobytes() for name in sorted(batch))).hexdigest()
+      number = int(state.step) + 1
+      state, metrics = step(state, batch, key)
+      with open(path, 'a', buffering=1) as file:
+        file.write(json.dumps({'step': number, 'batch': digest, 'loss': float(metrics['loss']).hex()}) + '\n')
+      return state, metrics
+
+    return recording
+
+  loop.make_train_step = make_recording
+
+
+def state_hash(state):
+  """SHA-256 over every array of a state."""
+  return hashlib.sha256(b''.join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state))).hexdigest()
+
+
+def signal_after(step, number, where=loop.MetricsWriter):
+  """The process sends itself the signal right after the metrics of that step; returns what undoes it."""
+  write = where.write
+
+  def write_and_signal(self, at, values, *, prefix='train'):
     write(self, at, values, prefix=prefix)
     if at == step and prefix == 'train':
-      os.kill(os.getpid(), signal.SIGKILL)
+      os.kill(os.getpid(), number)
 
-  loop.MetricsWriter.write = write_and_die
+  where.write = write_and_signal
+  return lambda: setattr(where, 'write', write)
 
 
 def main():
-  parser = argparse.ArgumentParser()
-  parser.add_argument('workdir', type=pathlib.Path)
-  parser.add_argument('--kill_after', type=int)
-  parser.add_argument('--whole_first', action='store_true')
-  parser.add_argument('--optimizer', choices=('adamw', 'muon'), default='adamw')
-  arguments = parser.parse_args()
-  run = config()
-  # With Muon also the unrolled layers of the emoji experiments.
-  model = dataclasses.replace(run.model, scan_layers=arguments.optimizer == 'adamw')
-  run = dataclasses.replace(run, model=model, optimizer=dataclasses.replace(run.optimizer, name=arguments.optimizer))
+  workdir, port, index, count, *term_after = sys.argv[1:]
+  jax.config.update('jax_enable_preemption_service', False)
+  jax.distributed.initialize(f'127.0.0.1:{port}', num_processes=int(count), process_id=int(index), initialization_timeout=60)
   registry.SOURCES.update(SOURCES)
-  if arguments.whole_first:
-    loop.train(run, arguments.workdir.with_name('whole'), tokenizers=tokenizers())
-  if arguments.kill_after is not None:
-    _kill_after(arguments.kill_after)
-  loop.train(run, arguments.workdir, tokenizers=tokenizers())
+  if term_after:
+    signal_after(int(term_after[0]), signal.SIGTERM)
+  try:
+    loop.train(elastic_config(), pathlib.Path(workdir), tokenizers=tokenizers())
+  except loop.InterruptedRunError as error:
+    print(f'chameleon: {error}', file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 if __name__ == '__main__':

@@ -8,22 +8,13 @@ read, at the cost of reading its files twice. A folder without the file (one wri
 
 import json
 import pathlib
-import zlib
 from collections.abc import Iterator, Mapping
 
 from chameleon_jax.errors import CheckpointError
+from chameleon_jax.training.integrity import crc32
 
 FILE = 'checksums.json'
 _UNCHECKED = (FILE, 'config.json')
-_PIECE = 1 << 20  # bytes
-
-
-def _crc32(path: pathlib.Path) -> int:
-  value = 0
-  with path.open('rb') as file:
-    while piece := file.read(_PIECE):
-      value = zlib.crc32(piece, value)
-  return value
 
 
 def _files(folder: pathlib.Path) -> Iterator[pathlib.Path]:
@@ -37,7 +28,7 @@ def write_checksums(folder: pathlib.Path) -> None:
     OSError: a file cannot be read or written.
   """
   files = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-  values = {name: _crc32(path) for name, path in files.items() if name not in _UNCHECKED}
+  values = {name: crc32(path) for name, path in files.items() if name not in _UNCHECKED}
   (folder / FILE).write_text(json.dumps({'crc32': values}, indent=1) + '\n')
 
 
@@ -80,7 +71,7 @@ def check_files(folder: pathlib.Path, inside: str, checksums: Mapping[str, int] 
     raise CheckpointError(f'{folder / name} is not among the files this folder was written with ({FILE})')
   for name, path in found.items():
     try:
-      value = _crc32(path)
+      value = crc32(path)
     except OSError as error:
       raise CheckpointError(f'{path} cannot be read: {error.strerror or error}') from error
     if value != checksums[name]:
