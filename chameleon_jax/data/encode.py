@@ -87,15 +87,20 @@ def make_batch_encoder(config: VQGANConfig, params: Params, preprocessing: Prepr
 
   One program for each B; it returns before the codes are there, so that the host prepares the next batch meanwhile.
   """
+  return functools.partial(_compiled(config, preprocessing), jax.device_put(params))
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(config: VQGANConfig, preprocessing: Preprocessing) -> Callable[[Params, Pictures], Array]:
   network = VQGAN(config)
-  values = images.to_float(np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1), 'huggingface' if preprocessing == 'huggingface' else 'meta')
-  table = np.ascontiguousarray(values[:, 0])
+  levels = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 3, axis=1)
+  table = np.ascontiguousarray(images.to_float(levels, 'huggingface' if preprocessing == 'huggingface' else 'meta')[:, 0])
 
   def encode(params: Params, pictures: Array) -> Array:
     codes, _ = network.apply({'params': params}, jnp.take(table, pictures, axis=0), method='encode')
     return codes.reshape(codes.shape[0], -1)
 
-  return functools.partial(jax.jit(encode), jax.device_put(params))
+  return jax.jit(encode)
 
 
 def world_pictures(source_names: Iterable[str]) -> Pictures | None:

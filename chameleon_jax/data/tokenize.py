@@ -20,7 +20,7 @@ import pathlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -32,13 +32,14 @@ from chameleon_jax.data.sources.record import pack
 from chameleon_jax.data.sources.source import DocumentSource, make_source
 from chameleon_jax.data.sources.tokenized import FORMAT, SUFFIX, TABLE, read_table, text_fingerprint
 from chameleon_jax.errors import ChameleonError, ConfigError, DataError
-from chameleon_jax.tokens.document import Codes, Document, Image, Turn
+from chameleon_jax.tokens.document import Codes, Document, Image, Segment, Turn
 from chameleon_jax.tokens.text import TextTokenizer
 
 JOB = 'job.json'
 _PIECE = 1 << 20
 
 
+@runtime_checkable
 class Tokenizers(Protocol):
   """What of a model is needed; parts that are None are not used."""
 
@@ -141,7 +142,9 @@ class Tokenization:
       text = {'fingerprint': text_fingerprint(self._text), 'n_pieces': self._text.n_pieces}
     self.identity = {
         **{name: getattr(job, name) for name in ('source', 'split', 'n_shards', 'batch_size', 'preprocessing', 'seed')},
-        **{'data': fingerprint(self.source), 'image_tokenizer': images, 'text_tokenizer': text},
+        'data': fingerprint(self.source),
+        'image_tokenizer': images,
+        'text_tokenizer': text,
     }
     _claim(pathlib.Path(job.output), self.identity)
 
@@ -192,8 +195,8 @@ class Tokenization:
     return report
 
   def _too_many(self, rejected: int, first: dict[str, Any], path: pathlib.Path) -> str:
-    share = f'{rejected:,} of {len(self.source):,} documents of {self.job.source!r} rejected, more than max_rejects {self.job.max_rejects:g}'
-    return f'{share}; the first: {first["reason"]}; all are in {path}; mend them, or raise max_rejects'
+    share = f'{rejected:,} of {len(self.source):,} documents of {self.job.source!r} rejected'
+    return f'{share} (max_rejects {self.job.max_rejects:g}); the first: {first["reason"]}; see {path}; mend them or raise max_rejects'
 
   def _coded(self, number: int, on_batch: Callable[[], object]) -> Iterator[tuple[int, Any]]:
     """(index, `Packed`) of each document of the shard in order, or (index, error).
@@ -245,12 +248,7 @@ class Tokenization:
   def _packed(self, document: Document, codes: Sequence[np.ndarray]) -> Any:
     waiting = iter(codes)
     try:
-      coded = Document(
-          tuple(
-              Turn(tuple(Codes(np.array(next(waiting))) if isinstance(s, Image) else s for s in turn.segments), turn.role)
-              for turn in document.turns
-          )
-      )
+      coded = _mapped(document, lambda picture: Codes(np.array(next(waiting))))
       n_codes = 1 << 32 if self.config is None else self.config.n_codes
       if self._text is None:
         return pack(coded, n_codes=n_codes)
@@ -284,10 +282,15 @@ class Tokenization:
       if self.config is None:
         return DataError('it holds a picture, and the model has no image tokenizer')
       config, how = self.config, self.job.preprocessing
-      turns = [(turn, [Image(prepared(s.pixels, config, how)) if isinstance(s, Image) else s for s in turn.segments]) for turn in document.turns]
-      return Document(tuple(Turn(segments, turn.role) for turn, segments in turns))
+      return _mapped(document, lambda picture: Image(prepared(picture.pixels, config, how)))
     except ChameleonError as error:
       return error
+
+
+def _mapped(document: Document, change: Callable[[Image], Segment]) -> Document:
+  """The document with each picture of pixels changed, in order."""
+  turns = [Turn(tuple(change(s) if isinstance(s, Image) else s for s in turn.segments), turn.role) for turn in document.turns]
+  return Document(tuple(turns))
 
 
 def where(source: DocumentSource, job: TokenizeJob, index: int) -> str:
@@ -329,7 +332,8 @@ def write_table(job: TokenizeJob, reports: Sequence[Report]) -> dict[str, Any]:
   ordered = [by_number[number] for number in range(job.n_shards)]
   rejected, n_documents = sum(report.rejected for report in ordered), identity['data']['documents']
   if rejected > job.max_rejects * n_documents:
-    raise TooManyRejects(f'{rejected:,} of {n_documents:,} documents rejected, more than max_rejects {job.max_rejects:g}; see {folder}/rejects-*.jsonl')
+    share = f'{rejected:,} of {n_documents:,} documents rejected, more than max_rejects {job.max_rejects:g}'
+    raise TooManyRejects(f'{share}; see {folder}/rejects-*.jsonl')
   counts = {name: sum(getattr(report, name) for report in ordered) for name in ('records', 'rejected', 'pictures', 'text_bytes', 'pieces')}
   table = {
       'format': FORMAT,
@@ -360,9 +364,8 @@ def _claim(folder: pathlib.Path, identity: dict[str, Any]) -> None:
     raise DataError(f'{folder} cannot be used: {" ".join(str(error).split())}') from error
   for name, value in json.loads(json.dumps(identity)).items():
     if begun.get(name) != value:
-      raise DataError(
-          f'{folder} was begun with another {name} ({_short(begun.get(name))}, now {_short(value)}): give the same as before, or another --output'
-      )
+      both = f'{_short(begun.get(name))}, now {_short(value)}'
+      raise DataError(f'{folder} was begun with another {name} ({both}): give the same as before, or another --output')
 
 
 def _short(value: Any) -> str:

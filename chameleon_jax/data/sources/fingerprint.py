@@ -11,7 +11,7 @@ import numpy as np
 
 from chameleon_jax.data.sources.source import DocumentSource
 from chameleon_jax.errors import DataError
-from chameleon_jax.tokens.document import Codes, Image, Text
+from chameleon_jax.tokens.document import Codes, Image, Text, Turn
 
 _SAMPLED = 16
 
@@ -26,7 +26,11 @@ def fingerprint(source: DocumentSource) -> dict[str, Any]:
     return {'documents': len(source), 'content': f'{zlib.crc32(own().encode()):08x}'}
   crc = 0
   for index in np.linspace(0, len(source) - 1, min(len(source), _SAMPLED)).astype(int).tolist():
-    for turn in source.document(index, np.random.default_rng(index)).turns:
+    try:
+      turns = source.document(index, np.random.default_rng(index)).turns
+    except DataError as error:  # whether a damaged record matters is for its reader to say
+      turns = (Turn(str(error)),)
+    for turn in turns:
       crc = zlib.crc32(turn.role.encode(), crc)
       for segment in turn.segments:
         crc = zlib.crc32(_content(segment), crc)

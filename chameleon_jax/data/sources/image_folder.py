@@ -96,7 +96,8 @@ def _captions_beside(root: pathlib.Path, files: Iterable[pathlib.Path]) -> list[
     elif len(inside.parts) > 1:
       pairs.append((inside.as_posix(), (inside.parts[-2].replace('_', ' '),)))
     else:
-      raise DataError(f'{path} has no caption: list it in {root / LISTS[0]}, write {inside.stem}.txt beside it, or put it into a folder of its class')
+      advice = f'list it in {root / LISTS[0]}, write {inside.stem}.txt beside it, or put it into a folder of its class'
+      raise DataError(f'{path} has no caption: {advice}')
   return pairs
 
 

@@ -6,6 +6,7 @@ An index counts only for the size and the time of change that its file had. A ca
 the index is built again. Nothing is written beside the data, which may be read-only.
 """
 
+import contextlib
 import hashlib
 import os
 import pathlib
@@ -66,4 +67,5 @@ def _write(place: pathlib.Path, index: Index) -> None:
       np.savez(file, **index)  # type: ignore[arg-type]
     os.replace(aside, place)
   except OSError:  # no room, no right: the run goes on without
-    aside.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      aside.unlink()

@@ -4,7 +4,8 @@ r"""One JSON object -> a document: our own layout and those that people's data s
                     {"turns": [{"role": "prompt", "segments": [...]}, {"role": "answer", "segments": [...]}]}
     conversations   {"conversations": [{"from": "human", "value": "What is <image>?"}, {"from": "gpt", "value": "A cat."}],
                      "image": "cat.png"}            LLaVA's `<image>`, Lumina-mGPT's `<|image|>`; one path or a list of them
-    messages        {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": [{"type": "image"}]}], "images": [...]}
+    messages        {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": [{"type": "image"}]}],
+                     "images": ["cat.png"]}
     pair            {"text": "Draw a cat.", "image": "cat.png"}     Anole: the text, then the picture; `caption` in place of `text`
     interleaved     {"texts": ["A cat:", null], "images": [null, "cat.png"]}     OBELICS: at each place one of the two
     text            {"text": "..."}
@@ -29,7 +30,8 @@ from chameleon_jax.tokens.images import load_image
 ReadPicture = Callable[[str], np.ndarray]  # what the record calls it -> uint8 [H, W, 3]
 
 _PLACES = re.compile(r'<\|image\|>|<image>')
-_ROLES: dict[str, Role] = {'human': 'prompt', 'user': 'prompt', 'prompt': 'prompt', 'gpt': 'answer', 'assistant': 'answer', 'answer': 'answer'}
+_PROMPTS, _ANSWERS = ('human', 'user', 'prompt'), ('gpt', 'assistant', 'answer')
+_ROLES: dict[str, Role] = {**dict.fromkeys(_PROMPTS, 'prompt'), **dict.fromkeys(_ANSWERS, 'answer')}
 LAYOUTS = ('segments', 'turns', 'conversations', 'messages', 'texts with images', 'text with or without image')
 
 
@@ -64,8 +66,8 @@ def read(picture: Any, read_picture: ReadPicture) -> np.ndarray:
   if isinstance(picture, Mapping):  # {"image_base64": ...}, {"path": ...}, {"bytes": ...} of other tools
     if isinstance(picture.get('image_base64'), str):
       return load_image(_from_base64(picture['image_base64']))
-    inner = picture.get('image') or picture.get('path')
-    if isinstance(inner, str):
+    inner = picture.get('image', picture.get('path'))
+    if inner is not None:
       return read(inner, read_picture)
   if not isinstance(picture, str) or not picture:
     raise DataError(f'a picture is a path or base64, got {_kind(picture)}')

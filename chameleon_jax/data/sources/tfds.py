@@ -158,7 +158,8 @@ def _chosen(name: SourceName, option: str, paths: set[Path], preferred: tuple[st
   if option in name.options:
     asked = name.options[option]
     if asked not in known:
-      raise DataError(f'source {name.name!r} has no such feature {option}={asked}; {nearest(asked, known) if known else "there is none of the kind"}')
+      hint = nearest(asked, known) if known else 'there is none of the kind'
+      raise DataError(f'source {name.name!r} has no such feature {option}={asked}; {hint}')
     return known[asked]
   if len(known) <= 1:
     return next(iter(known.values()), None)

@@ -171,7 +171,8 @@ class TokenizedDocuments:
       made_by = table['image_tokenizer']
       if made_by is not None and table['counts']['pictures']:
         if made_by['n_codes'] > vocabulary.n_codes:
-          raise DataError(f'{folder / TABLE}: codes of a codebook of {made_by["n_codes"]}, the vocabulary has room for {vocabulary.n_codes}')
+          sizes = f'codes of a codebook of {made_by["n_codes"]}, the vocabulary has room for {vocabulary.n_codes}'
+          raise DataError(f'{folder / TABLE}: {sizes}')
         if image_fingerprint is not None and image_fingerprint != made_by['fingerprint']:
           raise DataError(
               f'{folder / TABLE}: the codes are of another image tokenizer ({made_by["fingerprint"]}) than that of the run '

@@ -59,7 +59,8 @@ def index_members(path: pathlib.Path) -> Mapping[str, np.ndarray]:
         if not member.isfile() or posixpath.basename(member.name).startswith('.'):
           continue
         if member.offset_data + member.size > length:
-          raise DataError(f'{path} is cut off: member {member.name!r} ends at byte {member.offset_data + member.size:,}, the file at {length:,}')
+          end = member.offset_data + member.size
+          raise DataError(f'{path} is cut off: member {member.name!r} ends at byte {end:,}, the file at {length:,}')
         key = key_of(member.name)[0]
         if key != previous:
           first.append(len(names))
@@ -67,11 +68,11 @@ def index_members(path: pathlib.Path) -> Mapping[str, np.ndarray]:
         names.append(member.name)
         offsets.append(member.offset_data)
         sizes.append(member.size)
-      end = archive.offset  # behind the last header that was read
+      end = archive.offset  # behind the last member
   except (tarfile.TarError, EOFError) as error:
     raise DataError(f'{path} is no tar archive, or is cut off: {" ".join(str(error).split())}') from error
-  if end > length:
-    raise DataError(f'{path} is cut off: {length:,} bytes of at least {end:,}')
+  if read_bytes(path, end, min(512, max(0, length - end))) != bytes(512):
+    raise DataError(f'{path} is cut off or damaged at byte {end:,}: the block of zeros that ends an archive is not there; copy it again')
   joined = np.frombuffer('\0'.join(names).encode('utf-8', 'surrogateescape'), np.uint8)
   return {'offsets': np.array(offsets, np.int64), 'sizes': np.array(sizes, np.int64), 'names': joined, 'first': np.array(first, np.int64)}
 
