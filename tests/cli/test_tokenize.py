@@ -34,7 +34,8 @@ def test_both_splits_are_written(folder, tiny_model_folder, capsys):
   n_bytes = sum(len(f'a red apple {i}') for i in range(12))
   tables = [json.loads((folder / 'out' / split / 'tokenized.json').read_text()) for split in ('train', 'validation')]
   assert sum(table['counts']['text_bytes'] for table in tables) == n_bytes
-  assert out[0] == f'{folder}/out/train: {sizes[0]} documents, {sizes[0]} pictures, {tables[0]["counts"]["text_bytes"]} bytes of text in 2 shards'
+  text = f'{tables[0]["counts"]["text_bytes"]} bytes of text'
+  assert out[0] == f'{folder}/out/train: {sizes[0]} documents, {sizes[0]} pictures, {text} in 2 shards'
   assert _run(folder, tiny_model_folder) == 0  # ended: says the same again
   assert capsys.readouterr().out.splitlines() == out
 
