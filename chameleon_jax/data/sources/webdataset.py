@@ -51,7 +51,8 @@ def index_members(path: pathlib.Path) -> Mapping[str, np.ndarray]:
     DataError: no tar archive, or cut off.
   """
   length = path.stat().st_size
-  names, offsets, sizes, first = [], [], [], []
+  names: list[str] = []
+  offsets, sizes, first = [], [], []
   previous = None
   try:
     with tarfile.open(path, 'r:') as archive:
