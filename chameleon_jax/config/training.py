@@ -178,6 +178,7 @@ class DataConfig:
   `shards` S cuts the data into S pipelines that make batch_size / S rows each. It decides the batches, the number of hosts does
   not. Choose a multiple of the largest number of hosts that the run may get: where hosts outnumber shards, several prepare the
   same rows.
+  `changed`: what a resumed run does when a source no longer holds what it held.
   """
 
   stages: tuple[StageConfig, ...] = ()
@@ -190,6 +191,7 @@ class DataConfig:
   prompt_image_noise: float = 0.0
   read_threads: int = 0  # 16 reader threads are slower than none on small hosts
   prefetch: int = 2
+  changed: Literal['stop', 'accept'] = 'stop'
 
   def __post_init__(self):
     require_positive(self, 'seq_len', 'batch_size', 'shards', 'packing_bins')

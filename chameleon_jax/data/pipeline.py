@@ -29,6 +29,7 @@ from chameleon_jax.array_types import Array
 from chameleon_jax.config import DataConfig, StageConfig
 from chameleon_jax.data.packing import Limits, PackedRows, Row, fit
 from chameleon_jax.data.shards import ShardedBatches, held_pieces, rows_by_shard
+from chameleon_jax.data.sources.fingerprint import fingerprint
 from chameleon_jax.data.sources.source import DocumentSource, make_source
 from chameleon_jax.errors import ConfigError, DataError
 from chameleon_jax.partitioning import batch_sharding
@@ -97,8 +98,11 @@ class RenderDocument:
     self._image_noise, self._prompt_image_noise = image_noise, prompt_image_noise
 
   def __call__(self, index: int, rng: np.random.Generator) -> Rendered | None:
-    document = self._source.document(int(index), rng)
-    rendered = fit(render(document, self._vocabulary, self._text_tokenizer, encode_images=self._encode_images), self._limits)
+    if getattr(self._source, 'has_pieces', False):  # tokenized before, by the tokenizers of this run
+      rendered = fit(self._source.rendered(int(index)), self._limits)  # type: ignore[attr-defined]
+    else:
+      document = self._source.document(int(index), rng)
+      rendered = fit(render(document, self._vocabulary, self._text_tokenizer, encode_images=self._encode_images), self._limits)
     if rendered is None or self._image_noise == self._prompt_image_noise == 0:
       return rendered
     return with_noise(rendered, self._vocabulary, rng, answers=self._image_noise, prompts=self._prompt_image_noise)
@@ -186,7 +190,7 @@ def make_batches(
 
   Raises:
     ConfigError: no stages.
-    DataError: a source is unknown or empty.
+    DataError: a source is unknown, empty, damaged, or was tokenized for other tokenizers. `set_state` raises it for data that changed.
   """
   if not config.stages:
     raise ConfigError('data.stages is empty: name at least one stage with its sources')
@@ -195,7 +199,7 @@ def make_batches(
   limits = Limits(config.seq_len, vocabulary.begin_image, vocabulary.end_image, vocabulary.pad)
   cached = CachedText(text_tokenizer)
   names = dict.fromkeys(name for stage in config.stages for name, _ in stage.weights)
-  sources = {name: make_source(name, split, codes=codes) for name in names}
+  sources = {name: _fitted(make_source(name, split, codes=codes), vocabulary, text_tokenizer, encode_images) for name in names}
   read_options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=8 * config.read_threads)
 
   def documents(name: str, number: int, shard: int) -> grain.MapDataset:
@@ -218,11 +222,22 @@ def make_batches(
     stages = [batches(stage, number, shard) for number, stage in enumerate(config.stages)]
     return StagedBatches(stages, stage_ends(config.stages, n_steps))
 
-  n_documents = {name: len(source) for name, source in sources.items()}
-  sharded = ShardedBatches({shard: staged(shard) for shard in wanted}, wanted, n_shards=config.shards, n_documents=n_documents)
+  sharded = ShardedBatches(
+      {shard: staged(shard) for shard in wanted},
+      wanted,
+      n_shards=config.shards,
+      fingerprints={name: fingerprint(source) for name, source in sources.items()},
+      accept_changed=config.changed == 'accept',
+  )
   if config.prefetch:
     return iter(grain.experimental.ThreadPrefetchIterDataset(sharded, prefetch_buffer_size=config.prefetch))
   return iter(sharded)
+
+
+def _fitted(source: DocumentSource, vocabulary: Vocabulary, text_tokenizer: TextTokenizer, encode_images: EncodeImages | None) -> Any:
+  """The source, checked against the run where it was made with tokenizers of its own (`TokenizedDocuments.fitted`)."""
+  fitted = getattr(source, 'fitted', None)
+  return source if fitted is None else fitted(vocabulary, text_tokenizer, getattr(encode_images, 'fingerprint', None))
 
 
 def dropped_documents(iterator: grain.DatasetIterator) -> int:

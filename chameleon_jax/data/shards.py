@@ -21,7 +21,8 @@ import grain
 import numpy as np
 from jax.sharding import Mesh
 
-from chameleon_jax.errors import CheckpointError, ConfigError, DataError
+from chameleon_jax.data.sources.fingerprint import check_same
+from chameleon_jax.errors import CheckpointError, ConfigError
 from chameleon_jax.partitioning import batch_sharding
 
 Batch = dict[str, np.ndarray]
@@ -63,33 +64,53 @@ def rows_by_shard(rows: np.ndarray, *, n_rows: int, n_shards: int) -> dict[int, 
 
 
 class ShardedBatches(grain.IterDataset):
-  """The wanted rows of every shard, one below the other."""
+  """The wanted rows of every shard, one below the other.
+
+  The saved state names what the sources held (`fingerprints`, source -> `fingerprint`); one that was saved with other data is refused.
+  """
 
   def __init__(
-      self, shards: Mapping[int, grain.IterDataset], wanted: Mapping[int, np.ndarray], *, n_shards: int, n_documents: Mapping[str, int]
+      self,
+      shards: Mapping[int, grain.IterDataset],
+      wanted: Mapping[int, np.ndarray],
+      *,
+      n_shards: int,
+      fingerprints: Mapping[str, Any],
+      accept_changed: bool,
   ):
     """Args:
       shards: shard -> its batches; those that this host runs.
       wanted: shard -> rows of its batches to keep.
       n_shards: of the whole run.
-      n_documents: source -> its number of documents, so that a data set that changed is told apart.
+      fingerprints: source -> what it holds now.
+      accept_changed: go on from a state that was saved with other data.
     """
     super().__init__(tuple(shards.values()))
-    self._numbers, self._wanted, self._n_shards, self._n_documents = tuple(shards), wanted, n_shards, dict(n_documents)
+    self._numbers, self._wanted, self._n_shards = tuple(shards), wanted, n_shards
+    self._fingerprints, self._accept_changed = dict(fingerprints), accept_changed
 
   def __iter__(self) -> 'ShardedBatchesIterator':
     shards = {number: parent.__iter__() for number, parent in zip(self._numbers, self._parents)}
-    return ShardedBatchesIterator(shards, self._wanted, n_shards=self._n_shards, n_documents=self._n_documents)
+    return ShardedBatchesIterator(
+        shards, self._wanted, n_shards=self._n_shards, fingerprints=self._fingerprints, accept_changed=self._accept_changed
+    )
 
 
 class ShardedBatchesIterator(grain.DatasetIterator):
-  """Iterator of `ShardedBatches`. Its state is {'n_shards', 'n_documents', 'shards': {number: state}} of the shards it runs."""
+  """Iterator of `ShardedBatches`. Its state is {'n_shards', 'sources', 'shards': {number: state}} of the shards it runs."""
 
   def __init__(
-      self, shards: Mapping[int, grain.DatasetIterator], wanted: Mapping[int, np.ndarray], *, n_shards: int, n_documents: dict[str, int]
+      self,
+      shards: Mapping[int, grain.DatasetIterator],
+      wanted: Mapping[int, np.ndarray],
+      *,
+      n_shards: int,
+      fingerprints: dict[str, Any],
+      accept_changed: bool,
   ):
     super().__init__(tuple(shards.values()))
-    self._shards, self._wanted, self._n_shards, self._n_documents = shards, wanted, n_shards, n_documents
+    self._shards, self._wanted, self._n_shards = shards, wanted, n_shards
+    self._fingerprints, self._accept_changed = fingerprints, accept_changed
 
   def __next__(self) -> Batch:
     batches = [(next(shard), self._wanted[number]) for number, shard in self._shards.items()]
@@ -99,25 +120,23 @@ class ShardedBatchesIterator(grain.DatasetIterator):
 
   def get_state(self) -> dict[str, Any]:
     states = {str(number): shard.get_state() for number, shard in self._shards.items()}
-    return {'n_shards': self._n_shards, 'n_documents': self._n_documents, 'shards': states}
+    return {'n_shards': self._n_shards, 'sources': self._fingerprints, 'shards': states}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
     """Moves to a saved position; `state` holds all shards, or is one of before there were shards.
 
     Raises:
       ConfigError: it was saved with another number of shards.
-      DataError: a source has another number of documents now.
+      DataError: a source changed, see `check_same`.
       CheckpointError: a shard is missing.
     """
     if 'shards' not in state:
-      state = {'n_shards': 1, 'n_documents': {}, 'shards': {'0': state}}
+      state = {'n_shards': 1, 'shards': {'0': state}}
     if state['n_shards'] != self._n_shards:
       before = state['n_shards']
       raise ConfigError(f'the checkpoint was written with data.shards {before}, config has {self._n_shards}; set data.shards={before}')
-    for name, before in state['n_documents'].items():
-      now = self._n_documents.get(name, before)
-      if now != before:
-        raise DataError(f'source {name!r} has {now:,} documents, it had {before:,} when the checkpoint was written; bring the old data back')
+    if not self._accept_changed:
+      check_same(state.get('sources', {}), self._fingerprints)
     missing = [number for number in self._shards if str(number) not in state['shards']]
     if missing:
       raise CheckpointError(f'the position of data shard {missing[0]} is not in the checkpoint')
