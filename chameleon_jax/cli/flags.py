@@ -6,6 +6,7 @@ file imports `editable`. What a value may be is decided in `cli/values.py`; this
 
 import dataclasses
 import importlib.util
+import inspect
 import pathlib
 import re
 from collections.abc import Iterator, Sequence
@@ -34,9 +35,13 @@ __all__ = [
 def load_config_file(path: str) -> ml_collections.ConfigDict:
   """Runs an experiment file and returns what its `get_config()` returns, editable.
 
+  Args:
+    path: the file, or `FILE.py:ARGUMENT` for a file whose `get_config` takes a text.
+
   Raises:
-    ConfigError: no such file, it does not run, or it has no `get_config`.
+    ConfigError: no such file, it does not run, it has no `get_config`, or it refuses the argument.
   """
+  path, has_argument, argument = _split_argument(path)
   file = pathlib.Path(path)
   if not file.is_file():
     folder = file.parent if file.parent.is_dir() else pathlib.Path('.')
@@ -50,12 +55,21 @@ def load_config_file(path: str) -> ml_collections.ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, 'get_config'):
       raise ConfigError(f'config file {path!r} has no function get_config()')
-    config = module.get_config()
+    takes_argument = bool(inspect.signature(module.get_config).parameters)
+    if has_argument and not takes_argument:
+      raise ConfigError(f'config file {path!r} takes no argument, got {argument!r}')
+    config = module.get_config(argument) if has_argument else module.get_config()
   except ConfigError:
     raise
   except Exception as error:
     raise ConfigError(f'config file {path!r}: {type(error).__name__}: {_one_line(error)}') from error
   return config if isinstance(config, ml_collections.ConfigDict) else editable(config)
+
+
+def _split_argument(path: str) -> tuple[str, bool, str]:
+  """'a/b.py:c,d' -> ('a/b.py', True, 'c,d'); a colon elsewhere belongs to the path."""
+  file, colon, argument = path.partition('.py:')
+  return (f'{file}.py', True, argument) if colon else (path, False, '')
 
 
 def _one_line(error: BaseException) -> str:
@@ -70,7 +84,7 @@ class ConfigFlag(flags.Flag):
     self.default_config = default
     self.overrides: list[tuple[str, str]] = []
     self._resolved: Any = None
-    help_text = f'experiment file whose get_config() returns a {config_type.__name__}; --{name}.KEY=VALUE changes one field'
+    help_text = f'experiment file (FILE.py, or FILE.py:ARGUMENT) that makes a {config_type.__name__}; --{name}.KEY=VALUE changes one field'
     super().__init__(flags.ArgumentParser(), flags.ArgumentSerializer(), name, default_file, help_text)
 
   def parse(self, argument: Any) -> None:

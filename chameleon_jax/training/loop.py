@@ -4,6 +4,7 @@
     WORKDIR/checkpoints/     state, position in the data and config of the last steps
     WORKDIR/metrics.jsonl    scalars; WORKDIR/tensorboard/ the same
     WORKDIR/model/           model folder, written when the run ends or is cut short cleanly
+    WORKDIR/adapter/         of a LoRA run: the adapter by itself
 
 A run that finds checkpoints in its folder goes on from the newest; on one machine and CPU its losses are then
 bit-identical to those of a run that was never interrupted. Pre-training and fine-tuning differ in their
@@ -23,12 +24,13 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from chameleon_jax.array_types import Array
+from chameleon_jax.array_types import Array, Params
 from chameleon_jax.config import TrainConfig
 from chameleon_jax.data.encode import make_encoder, world_pictures
 from chameleon_jax.data.pipeline import dropped_documents, make_batches, to_devices, validation_batches
-from chameleon_jax.errors import ChameleonError, ConfigError
+from chameleon_jax.errors import ChameleonError, CheckpointError, ConfigError
 from chameleon_jax.interop.native import ModelParts, check_fit, make_vocabulary, save_model
+from chameleon_jax.interop.native.adapter import Adapter, Base, fingerprint, save_adapter, unrolled
 from chameleon_jax.interop.opening import load_for_training, load_tokenizers
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.partitioning import make_mesh
@@ -36,8 +38,9 @@ from chameleon_jax.training.checkpoint import Checkpoints, resolved
 from chameleon_jax.training.losses import LossSums
 from chameleon_jax.training.metrics import MetricsWriter, StepLog
 from chameleon_jax.training.optimizer import make_optimizer
-from chameleon_jax.training.state import TrainState, abstract_state, init_state
+from chameleon_jax.training.state import TrainState, abstract_state, init_frozen, init_state
 from chameleon_jax.training.step import Metrics, make_eval_step, make_train_step
+from chameleon_jax.training.trainable import Tuning
 
 
 class NonFiniteLossError(ChameleonError):
@@ -85,8 +88,12 @@ def train(
     finally:
       run.batches.close()
     if jax.process_count() == 1:
-      save_model(workdir / 'model', run.model_parts(state))
-      writer.say(f'model folder: {workdir / "model"} (step {int(state.step)})')
+      if run.tuning.config.method == 'lora':
+        save_adapter(workdir / 'adapter', run.adapter(state))
+        writer.say(f'adapter: {workdir / "adapter"} (step {int(state.step)})')
+      if run.tuning.config.export == 'merged':
+        save_model(workdir / 'model', run.model_parts(state))
+        writer.say(f'model folder: {workdir / "model"} (step {int(state.step)})')
     else:
       writer.say('a run on several hosts writes no model folder; its parameters are in the checkpoints')
     return state
@@ -98,11 +105,16 @@ class _Run:
   def __init__(self, config: TrainConfig, parts: ModelParts, mesh: Mesh, writer: MetricsWriter, checkpoints: Checkpoints):
     self.config, self.parts, self.mesh, self.writer, self.checkpoints = config, parts, mesh, writer, checkpoints
     self.model = Transformer(config.model)
+    self.tuning = Tuning(config.fine_tune)
+    if self.tuning.freezes and config.init_from is None:
+      raise ConfigError(f'fine_tune.method {config.fine_tune.method!r} trains a part of given weights: set config.init_from')
     self.optimizer = make_optimizer(config.optimizer, config.n_steps)
-    self.abstract = abstract_state(self.model, self.optimizer, mesh)
+    self.abstract = abstract_state(self.model, self.optimizer, mesh, self.tuning)
     self.train_step = make_train_step(self.model, self.optimizer, config, mesh)
     self.eval_step = make_eval_step(self.model, config, mesh, jax.tree.map(lambda leaf: leaf.sharding, self.abstract.params))
     self.key = jax.random.key(config.seed)
+    self.frozen: tuple[Params, ...] = ()  # the fourth argument of the step, where there is one
+    self.base: Base | None = None  # where the frozen parameters are from
     self.saved_step: int | None = None
     self.data = self._data_options()
     self.batches = make_batches(config.data, n_steps=config.n_steps, **self.data)
@@ -123,20 +135,44 @@ class _Run:
     """The newest checkpoint, or a fresh state; moves the data to the same place."""
     n_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract.params))
     shape = f'{self.config.data.batch_size} x {self.config.data.seq_len} tokens a step'
-    self.writer.say(f'{n_parameters:,} parameters, {shape}, {len(self.mesh.devices.flat)} x {self.mesh.devices.flat[0].device_kind}')
+    trained = 'parameters' if not self.tuning.freezes else f'parameters to train ({self.tuning.config.method})'
+    self.writer.say(f'{n_parameters:,} {trained}, {shape}, {len(self.mesh.devices.flat)} x {self.mesh.devices.flat[0].device_kind}')
     self.saved_step = self.checkpoints.latest_step()
+    key, params = jax.random.fold_in(self.key, 2**31 - 1), None
+    if self.tuning.freezes:
+      params = self._freeze(key)
     if self.saved_step is not None:
       before = self.checkpoints.config(self.saved_step)
-      for change in _changes(before, resolved(self.config)):
+      self._check_base(before.get('base'))
+      for change in _changes(before, self.described()):
         self.writer.say(f'note: config differs from the checkpoint: {change}')
       state = self.checkpoints.restore(self.abstract, iterator=self.batches)
       self.writer.say(f'resumed after step {self.saved_step:,}')
       return state
-    params = None
     if self.config.init_from is not None:
-      params = _initial_params(self.config)
+      params = _initial_params(self.config)[0] if params is None else params
       self.writer.say(f'starting from {self.config.init_from}')
-    return init_state(self.model, self.optimizer, self.mesh, key=jax.random.fold_in(self.key, 2**31 - 1), params=params)
+    return init_state(self.model, self.optimizer, self.mesh, key=key, params=params, tuning=self.tuning)
+
+  def _freeze(self, key: Array) -> Params:
+    """Reads the weights to start from and puts those that do not train on the devices; returns the others."""
+    params, self.base = _initial_params(self.config)
+    trained, frozen = init_frozen(self.model, self.mesh, params, self.tuning, key=key)
+    self.frozen = (frozen,)
+    return trained
+
+  def _check_base(self, before: dict[str, str] | None) -> None:
+    now = self.described().get('base')
+    if before is not None and now is not None and before['fingerprint'] != now['fingerprint']:
+      raise CheckpointError(
+          f'{self.checkpoints.directory} was trained beside the weights of {before["path"]} (fingerprint {before["fingerprint"]}); '
+          f'those of {now["path"]} are others ({now["fingerprint"]}): set config.init_from to the former, or name another workdir'
+      )
+
+  def described(self) -> dict[str, Any]:
+    """The config as it is saved, with the weights that the checkpoints belong to where they hold only a part."""
+    base = {} if self.base is None else {'base': {'path': self.base.path, 'fingerprint': self.base.fingerprint}}
+    return resolved(self.config) | base
 
   def steps(self, state: TrainState, last_step: int, deadline: float) -> TrainState:
     """Runs up to `last_step` or the deadline and saves; logs, evaluates and saves on the way."""
@@ -150,7 +186,7 @@ class _Run:
         batch = next(self.batches)
         arrays = to_devices(batch, self.mesh)
         waited = time.monotonic() - began
-        state, metrics = self.train_step(state, arrays, self.key)
+        state, metrics = self.train_step(state, arrays, self.key, *self.frozen)
         step += 1
         if fetch_at_once:
           self._check_finite(metrics, step)
@@ -179,7 +215,7 @@ class _Run:
     return state
 
   def _save(self, state: TrainState, step: int) -> None:
-    self.checkpoints.save(step, state, iterator=self.batches, config=resolved(self.config))
+    self.checkpoints.save(step, state, iterator=self.batches, config=self.described())
     self.saved_step = step
 
   def _check_finite(self, metrics: Metrics, step: int) -> None:
@@ -199,7 +235,7 @@ class _Run:
     for name, source_batches in batches.items():
       sums = LossSums.zeros()
       for batch in source_batches:
-        sums = jax.tree.map(lambda a, b: a + float(b), sums, self.eval_step(state.params, to_devices(batch, self.mesh)))
+        sums = jax.tree.map(lambda a, b: a + float(b), sums, self.eval_step(state.params, to_devices(batch, self.mesh), *self.frozen))
       total = total + sums
       values |= {f'{name}/{key}': value for key, value in _losses(sums).items()}
     if not values:
@@ -212,12 +248,18 @@ class _Run:
     """The trained transformer with the tokenizers it was trained with."""
     return ModelParts(
         transformer_config=self.config.model,
-        transformer_params=jax.device_get(state.params),
+        transformer_params=self.tuning.merged(*jax.device_get((state.params, *(self.frozen or (None,))))),
         vqgan_config=self.parts.vqgan_config,
         vqgan_params=self.parts.vqgan_params,
         vocabulary=self.config.vocabulary,
         text_tokenizer=self.parts.text_tokenizer,
     )
+
+
+  def adapter(self, state: TrainState) -> Adapter:
+    """The trained adapter of a LoRA run."""
+    config = self.config.fine_tune
+    return Adapter(config.lora_rank, config.lora_alpha, unrolled(jax.device_get(state.params)), self.base)
 
 
 def _tokenizers(config: TrainConfig, given: ModelParts | None) -> ModelParts:
@@ -248,8 +290,15 @@ def _merged(folders: str) -> ModelParts:
   return ModelParts(vqgan_config=images.vqgan_config, vqgan_params=images.vqgan_params, text_tokenizer=texts.text_tokenizer)
 
 
-def _initial_params(config: TrainConfig) -> Any:
-  parts = load_for_training(str(config.init_from), scan_layers=config.model.scan_layers)
+def _initial_params(config: TrainConfig) -> tuple[Any, Base]:
+  """The parameters of `config.init_from`, and which they are."""
+  tensors: dict[str, int] = {}
+
+  def note(name: str, values: np.ndarray) -> None:
+    tensors[name] = fingerprint(values)
+
+  watched = {'on_tensor': note} if config.fine_tune.method != 'full' else {}
+  parts = load_for_training(str(config.init_from), scan_layers=config.model.scan_layers, **watched)
   if parts.transformer_config is None:
     raise ConfigError(f'config.init_from: {config.init_from} holds no transformer')
   if parts.vocabulary is not None and parts.vocabulary != config.vocabulary:
@@ -258,7 +307,7 @@ def _initial_params(config: TrainConfig) -> Any:
     theirs, ours = getattr(parts.transformer_config, name), getattr(config.model, name)
     if theirs != ours:
       raise ConfigError(f'config.init_from: {config.init_from} was trained with {name} {theirs!r}, config.model.{name} is {ours!r}')
-  return parts.transformer_params
+  return parts.transformer_params, Base(str(config.init_from), tensors)
 
 
 def _agreed(flag: bool) -> bool:
