@@ -97,7 +97,7 @@ class Chameleon:
     if not folder.exists():
       folder = shipped_path(str(path)) or folder
     with open_checkpoint(folder, tokenizer=tokenizer) as model:
-      model = model if adapter is None else with_adapter(model, adapter)
+      model = model if adapter is None else with_adapter(model, adapter, dtype=dtype)
       parts = load_parts(model, dtype=dtype, mesh=mesh)
     for note in model.notes:
       warnings.warn(f'{path}: {note}', stacklevel=2)

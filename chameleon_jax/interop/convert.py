@@ -120,7 +120,7 @@ def convert(
     clear_leftovers(target)  # before it is asked whether there is a target: an interrupted replacement may have to be undone
     _check_places(source, target, tokenizer, overwrite=overwrite)
   with open_checkpoint(source, tokenizer=tokenizer, verify_checklist=verify_checklist) as model:
-    model = model if adapter is None else with_adapter(model, adapter)
+    model = model if adapter is None else with_adapter(model, adapter, dtype=dtype)
     planned = {'transformer': _stored(model.transformer, dtype), 'vqgan': _stored(model.vqgan, None)}
     n_tensors = sum(map(len, planned.values()))
     n_bytes = sum(spec.nbytes for specs in planned.values() for spec in specs.values())

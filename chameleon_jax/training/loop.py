@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -248,13 +249,20 @@ class _Run:
     """The trained transformer with the tokenizers it was trained with."""
     return ModelParts(
         transformer_config=self.config.model,
-        transformer_params=self.tuning.merged(*jax.device_get((state.params, *(self.frozen or (None,))))),
+        transformer_params=self._whole(state),
         vqgan_config=self.parts.vqgan_config,
         vqgan_params=self.parts.vqgan_params,
         vocabulary=self.config.vocabulary,
         text_tokenizer=self.parts.text_tokenizer,
     )
 
+
+  def _whole(self, state: TrainState) -> Params:
+    """All parameters, in host memory; those that trained beside frozen ones in the type that the config says they are kept in."""
+    if not self.frozen:
+      return jax.device_get(state.params)
+    merged = self.tuning.merged(*jax.device_get((state.params, *self.frozen)))
+    return jax.tree.map(lambda leaf: np.asarray(leaf, min(leaf.dtype, jnp.dtype(self.config.model.param_dtype), key=_size)), merged)
 
   def adapter(self, state: TrainState) -> Adapter:
     """The trained adapter of a LoRA run."""
@@ -308,6 +316,10 @@ def _initial_params(config: TrainConfig) -> tuple[Any, Base]:
     if theirs != ours:
       raise ConfigError(f'config.init_from: {config.init_from} was trained with {name} {theirs!r}, config.model.{name} is {ours!r}')
   return parts.transformer_params, Base(str(config.init_from), tensors)
+
+
+def _size(dtype: np.dtype) -> int:
+  return dtype.itemsize
 
 
 def _agreed(flag: bool) -> bool:

@@ -1,6 +1,6 @@
 """What a run trains and what it leaves as it is: one split of the parameters, and how the two parts make a network again.
 
-    method      trained (masters, moments, in checkpoints)        frozen (in `frozen_dtype`, only read)
+    method      trained (float32, moments, in checkpoints)        frozen (in `frozen_dtype`, only read)
     full        every parameter                                   nothing
     selected    what the patterns name; of lm_head, its rows      the rest, and the whole lm_head
     lora        adapters (`training/lora.py`)                     every parameter
@@ -96,9 +96,10 @@ class Tuning:
     if self._is_cut(name):
       first, end = self.config.head_rows or (0, 0)
       value = value[..., first:end]
+    value = value.astype(jnp.float32)
     if self.config.restart_std is not None:
       drawn = jax.random.normal(jax.random.fold_in(key, zlib.crc32(name.encode())), value.shape, jnp.float32)
-      value = (drawn * self.config.restart_std).astype(value.dtype)
+      value = drawn * self.config.restart_std
     if not boxed:
       return value
     # Any number of rows may be chosen, so they lie whole on every device of the tensor axis.

@@ -159,10 +159,10 @@ def fitted(adapter: Adapter, config: TransformerConfig, *, where: str) -> Adapte
   return dataclasses.replace(adapter, pairs=pairs)
 
 
-def with_adapter(model: LazyModel, path: str | os.PathLike[str]) -> LazyModel:
+def with_adapter(model: LazyModel, path: str | os.PathLike[str], *, dtype: str | None = None) -> LazyModel:
   """The open checkpoint with an adapter added in: each projection is W + alpha / rank A B as it is read.
 
-  The sum is rounded to the type of W, except in a model folder whose config asks for float32 parameters.
+  The sum is rounded to the type of W, unless float32 is what `dtype` or the config of a model folder asks for.
 
   Raises:
     CheckpointError: there is no transformer, or the adapter is damaged or of another model. Reading a tensor raises it too where the
@@ -173,7 +173,7 @@ def with_adapter(model: LazyModel, path: str | os.PathLike[str]) -> LazyModel:
     raise CheckpointError(f'{model.path} holds no transformer for the adapter {path}')
   adapter = fitted(load_adapter(path), model.transformer_config, where=f'adapter {path}')
   scale = adapter.alpha / adapter.rank
-  widens = model.format == 'orbax' and model.transformer_config.param_dtype == 'float32'
+  widens = (dtype or (model.format == 'orbax' and model.transformer_config.param_dtype)) == 'float32'
 
   def stored(name: str, spec: TensorSpec) -> TensorSpec:
     return TensorSpec(spec.shape, np.dtype(np.float32)) if widens and name in adapter.pairs else spec
