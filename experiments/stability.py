@@ -15,6 +15,7 @@ Watch:     train/loss, train/attention_logit_bound (what QK-norm bounds), train/
 """
 
 import pathlib
+from typing import Any
 
 import ml_collections
 
@@ -30,7 +31,7 @@ from chameleon_jax.config import (
 )
 
 SHIPPED = pathlib.Path(__file__).resolve().parents[1] / 'chameleon_jax' / 'assets' / 'emoji_weights'
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     'baseline': {},
     'no_qk_norm': {'qk_norm': False},
     'no_z_loss': {'z_loss': 0.0},

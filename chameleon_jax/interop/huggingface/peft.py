@@ -24,6 +24,12 @@ from chameleon_jax.interop.staging import staged
 from chameleon_jax.training.lora import TARGETS
 
 _WEIGHTS = 'adapter_model.safetensors'
+# Settings that make an adapter something else than W + alpha / r A B of the projections.
+_ODD = (
+    *('use_rslora', 'use_dora', 'use_qalora', 'use_bdlora', 'rank_pattern', 'alpha_pattern', 'lora_bias', 'modules_to_save'),
+    *('fan_in_fan_out', 'layer_replication', 'target_parameters', 'trainable_token_indices', 'alora_invocation_tokens'),
+    *('arrow_config', 'kasa_config'),
+)
 _PREFIX = 'base_model.model.'
 _THEIRS = {rule.ours: rule.theirs.removesuffix('.weight') for rule in HUGGINGFACE_RULES if rule.ours.split('/')[-1] in TARGETS}
 
@@ -80,7 +86,7 @@ def load_peft(folder: pathlib.Path) -> Adapter:
     kind, rank, alpha = config['peft_type'], int(config['r']), float(config['lora_alpha'])
   except (OSError, ValueError, KeyError, TypeError) as error:
     raise CheckpointError(f'{folder / PEFT_FILE} is damaged ({type(error).__name__}: {error}); copy the folder again') from error
-  odd = [key for key in ('use_rslora', 'use_dora', 'rank_pattern', 'alpha_pattern', 'modules_to_save', 'fan_in_fan_out') if config.get(key)]
+  odd = [key for key in _ODD if config.get(key)]
   if config.get('bias', 'none') != 'none':
     odd.append('bias')
   if kind != 'LORA' or odd:
