@@ -33,6 +33,7 @@ def load(
     path: str | os.PathLike[str],
     *,
     tokenizer: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     dtype: 'Dtype | None' = None,
     mesh: 'Mesh | None' = None,
 ) -> 'Chameleon':
@@ -40,7 +41,8 @@ def load(
 
   The arguments are those of `Chameleon.load`.
   """
-  return importlib.import_module('chameleon_jax.chameleon').Chameleon.load(path, tokenizer=tokenizer, dtype=dtype, mesh=mesh)
+  cls = importlib.import_module('chameleon_jax.chameleon').Chameleon
+  return cls.load(path, tokenizer=tokenizer, adapter=adapter, dtype=dtype, mesh=mesh)
 
 
 def __getattr__(name: str) -> Any:

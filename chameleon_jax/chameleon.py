@@ -28,6 +28,7 @@ from chameleon_jax.config import Dtype, SamplingOptions, TransformerConfig
 from chameleon_jax.data.encode import Encoder, make_encoder
 from chameleon_jax.errors import ChameleonError, CheckpointError
 from chameleon_jax.interop.native import ModelParts, make_vocabulary
+from chameleon_jax.interop.native.adapter import with_adapter
 from chameleon_jax.interop.opening import load_parts, open_checkpoint
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.models.vqgan import model as vqgan
@@ -74,6 +75,7 @@ class Chameleon:
       path: str | os.PathLike[str],
       *,
       tokenizer: str | os.PathLike[str] | None = None,
+      adapter: str | os.PathLike[str] | None = None,
       dtype: Dtype | None = None,
       mesh: Mesh | None = None,
   ) -> 'Chameleon':
@@ -84,6 +86,7 @@ class Chameleon:
     Args:
       path: the folder with the weights; its format is detected.
       tokenizer: folder of text_tokenizer.json and vqgan.ckpt, where they are not found by themselves, see `open_checkpoint`.
+      adapter: folder of a LoRA adapter to add to the weights, ours or in the form of Hugging Face's peft.
       dtype: of the transformer's parameters and computation; by default that of the stored weights, or of a model folder's config.
       mesh: devices to spread the weights over; None means the default device.
 
@@ -94,6 +97,7 @@ class Chameleon:
     if not folder.exists():
       folder = shipped_path(str(path)) or folder
     with open_checkpoint(folder, tokenizer=tokenizer) as model:
+      model = model if adapter is None else with_adapter(model, adapter, dtype=dtype)
       parts = load_parts(model, dtype=dtype, mesh=mesh)
     for note in model.notes:
       warnings.warn(f'{path}: {note}', stacklevel=2)

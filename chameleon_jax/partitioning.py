@@ -42,6 +42,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ('d_head', None),
     ('norm', None),
     ('layers', None),
+    ('rank', None),  # of adapters
     ('conv_in', None),
     ('conv_out', 'fsdp'),
     ('code', None),

@@ -4,6 +4,8 @@
     chameleon convert --source=weights/7b --target=hf/7b --target_format=huggingface
     chameleon convert --source=Anole-7b-v0.1 --target=meta/7b --target_format=meta --n_shards=1
     chameleon convert --source=runs/sft/model --export_tokenizer=text_tokenizer.json
+    chameleon convert --source=weights/7b --adapter=runs/lora/adapter --target=weights/7b-tuned --target_format=orbax
+    chameleon convert --adapter=runs/lora/adapter --export_peft=peft/tuned
 
 The source's format is told by its files: Meta's release, Hugging Face's port, Anole, Lumina-mGPT, or ours. Meta's tokenizer folder
 is found where the release has it (`models/7b` beside `tokenizer`), else name it with --tokenizer. Memory stays near the largest
@@ -34,6 +36,8 @@ def define_flags() -> None:
   flags.DEFINE_string('target', None, 'folder to make')
   flags.DEFINE_enum('target_format', None, ['orbax', 'meta', 'huggingface'], 'form to write; orbax is ours')
   flags.DEFINE_string('tokenizer', None, "folder with text_tokenizer.json and vqgan.ckpt, where they are not in the release's layout")
+  flags.DEFINE_string('adapter', None, "folder of a LoRA adapter, ours or peft's, to add to the weights")
+  flags.DEFINE_string('export_peft', None, "folder to write --adapter to in the form of Hugging Face's peft; needs no --source")
   flags.DEFINE_integer('n_shards', None, 'shards of a Meta target (default: as many as the source had)', lower_bound=1)
   flags.DEFINE_enum('dtype', None, ['float32', 'bfloat16', 'float16'], 'type to store the transformer in (default: as it is)')
   flags.DEFINE_bool('decoder', None, 'keep the picture decoder in a Hugging Face target, as Anole does (default: if the source is one)')
@@ -51,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
   if len(argv) > 1:
     raise ConfigError(f'unexpected argument {argv[1]!r}')
   values = flags.FLAGS
+  if values.export_peft is not None:
+    return _export_peft()
   if values.source is None:
     raise ConfigError('--source=DIR is needed: the folder with the weights')
   source = pathlib.Path(values.source)
@@ -73,6 +79,7 @@ def main(argv: Sequence[str]) -> int:
         values.target,
         values.target_format,
         tokenizer=values.tokenizer,
+        adapter=values.adapter,
         n_shards=values.n_shards,
         dtype=values.dtype,
         decoder=values.decoder,
@@ -85,6 +92,18 @@ def main(argv: Sequence[str]) -> int:
     line.end()
   print('\n'.join(report.lines()))
   _write(export, exported)  # after the conversion, which leaves nothing behind where it fails
+  return 0
+
+
+def _export_peft() -> int:
+  from chameleon_jax.interop.huggingface.peft import save_peft
+  from chameleon_jax.interop.native.adapter import load_adapter
+
+  values = flags.FLAGS
+  if values.adapter is None or values.target is not None or values.source is not None:
+    raise ConfigError('--export_peft=DIR needs --adapter=DIR, and neither --source nor --target')
+  save_peft(values.export_peft, load_adapter(values.adapter))
+  print(f'wrote {values.export_peft}')
   return 0
 
 

@@ -28,6 +28,7 @@ def define_flags() -> None:
   config_flags.define_config(SamplingOptions, default=emoji.GREEDY)
   flags.DEFINE_enum('suite', 'emoji', sorted(SUITES), 'what to measure')
   flags.DEFINE_string('model', 'emoji', "model folder, or 'emoji' for the weights shipped with the package")
+  flags.DEFINE_string('adapter', None, 'folder of a LoRA adapter to add to the weights')
   flags.DEFINE_list('tasks', None, 'some of reconstruction, describe, draw, edit, text (default: all that the model has the parts for)')
   flags.DEFINE_integer('n_train', 500, 'size of the fixed sample of training pictures', lower_bound=1)
   flags.DEFINE_integer('n_validation', None, 'size of a fixed sample of held-out pictures (default: all)', lower_bound=1)
@@ -44,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
   values = flags.FLAGS
   options = config_flags.get_config()
   started = time.monotonic()
-  model = Chameleon.load(values.model)
+  model = Chameleon.load(values.model, adapter=values.adapter)
   figures = SUITES[values.suite](model, options, lambda line: print(f'{time.monotonic() - started:6.0f} s  {line}', file=sys.stderr))
   report = {
       'suite': values.suite,

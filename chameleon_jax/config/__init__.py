@@ -11,6 +11,7 @@ from chameleon_jax.config.sampling import SamplingOptions
 from chameleon_jax.config.training import (
   CheckpointConfig,
   DataConfig,
+  FineTuneConfig,
   ImageTokenizerTrainConfig,
   MeshConfig,
   OptimizerConfig,
@@ -26,6 +27,7 @@ __all__ = [
   'DataConfig',
   'DiscriminatorConfig',
   'Dtype',
+  'FineTuneConfig',
   'ImageTokenizerTrainConfig',
   'MeshConfig',
   'OptimizerConfig',

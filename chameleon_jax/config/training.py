@@ -27,12 +27,16 @@ class MeshConfig:
 class OptimizerConfig:
   """AdamW, its schedule and clipping (paper section 2.3; SFT section 3).
 
+  `name` 'adafactor' keeps two vectors a matrix in place of its second moment, and no first one unless `momentum_dtype` is
+  given (arXiv 1804.04235); `momentum_dtype` is the type of the first moment of 'adamw' (float32 where None) and 'adafactor'.
+  What each keeps, in bytes: `training/optimizer.py`.
   `name` 'muon' gives hidden matrices orthogonalised momentum with the update size of AdamW (arXiv 2502.16982), so that
   `learning_rate` and `weight_decay` mean the same; everything else stays with Adam.
   `decay_rate` is k of lr(u) = peak (exp(-k u) - exp(-k)) / (1 - exp(-k)); the paper gives no constant.
   """
 
-  name: Literal['adamw', 'muon'] = 'adamw'
+  name: Literal['adamw', 'muon', 'adafactor'] = 'adamw'
+  momentum_dtype: Literal['float32', 'bfloat16'] | None = None
   learning_rate: float = 1e-4
   schedule: Literal['exponential', 'cosine', 'constant'] = 'exponential'
   warmup_steps: int = 4000
@@ -49,7 +53,45 @@ class OptimizerConfig:
   def __post_init__(self):
     require_positive(self, 'learning_rate', 'eps', 'decay_rate', 'accumulate_steps')
     require_fraction(self, 'end_fraction')
+    require(self.momentum_dtype is None or self.name != 'muon', 'momentum_dtype is for adamw and adafactor; muon keeps float32')
     require(self.warmup_steps >= 0, f'warmup_steps must not be negative, got {self.warmup_steps}')
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuneConfig:
+  """What a run changes of the model it starts from, and in which type the rest is kept.
+
+  `method` 'full' trains every parameter. 'selected' trains the parameters that `trainable` names, patterns of the shell
+  over paths such as 'lm_head' or 'layers*/attention/*_norm/*'; with `head_rows` (first token id, id after the last) only
+  these rows of the output head, and with `restart_std` they start from a normal distribution and not from the weights.
+  'lora' trains a pair of thin matrices beside each projection of `lora_targets` (arXiv 2106.09685).
+
+  Frozen parameters have no gradient and no moments, are not in the checkpoints, and are kept in `frozen_dtype`.
+  At the end a run of 'lora' writes the adapter, and unless `export` is 'apart' the model with the adapter added in as well.
+  """
+
+  method: Literal['full', 'selected', 'lora'] = 'full'
+  trainable: tuple[str, ...] = ()
+  head_rows: tuple[int, int] | None = None
+  restart_std: float | None = None
+  frozen_dtype: Literal['float32', 'bfloat16'] = 'bfloat16'
+  lora_rank: int = 16
+  lora_alpha: float = 32.0  # the product of the pair is scaled by alpha / rank
+  lora_targets: tuple[str, ...] = ('q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj')
+  export: Literal['merged', 'apart'] = 'merged'
+
+  def __post_init__(self):
+    require_positive(self, 'lora_rank', 'lora_alpha')
+    selected = self.method == 'selected'
+    require(selected == bool(self.trainable), "method 'selected' needs trainable, the patterns of what trains, and only it takes them")
+    require(selected or self.head_rows is None, "head_rows is for method 'selected'")
+    require(selected or self.restart_std is None, "restart_std is for method 'selected'")
+    require(self.restart_std is None or self.restart_std > 0, f'restart_std must be positive, got {self.restart_std}')
+    require(self.method == 'lora' or self.export == 'merged', "export 'apart' is for method 'lora'")
+    require(self.method != 'lora' or bool(self.lora_targets), "method 'lora' needs lora_targets")
+    if self.head_rows is not None:
+      first, end = self.head_rows
+      require(0 <= first < end, f'head_rows {self.head_rows} must be (first token id, id after the last)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,6 +258,7 @@ class TrainConfig:
   data: DataConfig
   tokenizers: str | None = None
   init_from: str | None = None
+  fine_tune: FineTuneConfig = FineTuneConfig()
   optimizer: OptimizerConfig = OptimizerConfig()
   z_loss: float = 1e-5
   text_loss_weight: float = 1.0
@@ -235,6 +278,9 @@ class TrainConfig:
         self.model.vocab_size == self.vocabulary.size,
         f'model.vocab_size {self.model.vocab_size} and vocabulary.size {self.vocabulary.size} differ',
     )
+    rows = self.fine_tune.head_rows
+    fits = rows is None or rows[1] <= self.vocabulary.size
+    require(fits, f'fine_tune.head_rows {rows} do not fit vocabulary.size {self.vocabulary.size}')
     require(
         self.data.seq_len <= self.model.max_seq_len,
         f'data.seq_len {self.data.seq_len} is longer than model.max_seq_len {self.model.max_seq_len}',

@@ -19,6 +19,7 @@ from chameleon_jax.errors import CheckpointError
 from chameleon_jax.interop.dtypes import cast
 from chameleon_jax.interop.lazy import Format, LazyModel, TensorSource, TensorSpec
 from chameleon_jax.interop.meta.files import MODELS, TOKENIZER
+from chameleon_jax.interop.native.adapter import with_adapter
 from chameleon_jax.interop.native.lazy import write_native
 from chameleon_jax.interop.notices import LICENCES, write_notices
 from chameleon_jax.interop.opening import detect_format, load_parts, open_checkpoint
@@ -73,6 +74,7 @@ def convert(
     target_format: str,
     *,
     tokenizer: str | os.PathLike[str] | None = None,
+    adapter: str | os.PathLike[str] | None = None,
     n_shards: int | None = None,
     dtype: str | None = None,
     decoder: bool | None = None,
@@ -91,6 +93,7 @@ def convert(
     target: folder to make.
     target_format: 'orbax' is ours.
     tokenizer: see `open_checkpoint`.
+    adapter: folder of a LoRA adapter that is added to the weights.
     n_shards: model-parallel shards of a Meta checkpoint; by default as many as the source has, if it ever was one.
     dtype: type to store the transformer in; None keeps the type of each tensor.
     decoder: whether a Hugging Face target keeps the picture decoder, for which transformers has no place; by default one
@@ -117,6 +120,7 @@ def convert(
     clear_leftovers(target)  # before it is asked whether there is a target: an interrupted replacement may have to be undone
     _check_places(source, target, tokenizer, overwrite=overwrite)
   with open_checkpoint(source, tokenizer=tokenizer, verify_checklist=verify_checklist) as model:
+    model = model if adapter is None else with_adapter(model, adapter, dtype=dtype)
     planned = {'transformer': _stored(model.transformer, dtype), 'vqgan': _stored(model.vqgan, None)}
     n_tensors = sum(map(len, planned.values()))
     n_bytes = sum(spec.nbytes for specs in planned.values() for spec in specs.values())

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -208,8 +208,12 @@ def load_parts(model: LazyModel, *, dtype: Dtype | None = None, mesh: Mesh | Non
   return ModelParts(**values)
 
 
-def load_for_training(path: str | os.PathLike[str], *, scan_layers: bool) -> ModelParts:
+def load_for_training(
+    path: str | os.PathLike[str], *, scan_layers: bool, on_tensor: Callable[[str, np.ndarray], None] | None = None
+) -> ModelParts:
   """The transformer and the vocabulary of a checkpoint of any format, in host memory, its layers stacked or not as asked for.
+
+  `on_tensor` is called with the unrolled name and the stored values of each tensor.
 
   Raises:
     CheckpointError: there is no checkpoint, or it is damaged.
@@ -220,7 +224,10 @@ def load_for_training(path: str | os.PathLike[str], *, scan_layers: bool) -> Mod
     config = dataclasses.replace(_loaded_config(model.transformer_config, model, None), scan_layers=scan_layers)
     fill = TreeFiller(config)
     for name in model.transformer.specs:
-      fill.put(name, model.transformer.read(name))
+      values = model.transformer.read(name)
+      if on_tensor is not None:
+        on_tensor(name, values)
+      fill.put(name, values)
     return ModelParts(transformer_config=config, transformer_params=fill.tree(), vocabulary=model.vocabulary)
 
 

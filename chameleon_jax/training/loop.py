@@ -4,6 +4,7 @@
     WORKDIR/checkpoints/     state, position in the data and config of the last steps
     WORKDIR/metrics.jsonl    scalars; WORKDIR/tensorboard/ the same
     WORKDIR/model/           model folder, written when the run ends or is cut short cleanly
+    WORKDIR/adapter/         of a LoRA run: the adapter by itself
 
 A run that finds checkpoints in its folder goes on from the newest that is intact, with the rows that come next, on any mesh and
 any number of hosts; on the same mesh of CPU devices its losses are bit-identical to those of a run that was never interrupted.
@@ -20,20 +21,23 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from chameleon_jax.array_types import Array
+from chameleon_jax import hosts
+from chameleon_jax.array_types import Array, Params
 from chameleon_jax.config import TrainConfig
 from chameleon_jax.data.encode import make_encoder, world_pictures
 from chameleon_jax.data.pipeline import dropped_documents, make_batches, to_devices, validation_batches
 from chameleon_jax.data.shards import host_rows
-from chameleon_jax.errors import ChameleonError, ConfigError
+from chameleon_jax.errors import ChameleonError, CheckpointError, ConfigError
 from chameleon_jax.interop.native import ModelParts, check_fit, make_vocabulary, save_model
+from chameleon_jax.interop.native.adapter import Adapter, Base, fingerprint, save_adapter, unrolled
 from chameleon_jax.interop.opening import load_for_training, load_tokenizers
 from chameleon_jax.models.transformer.model import Transformer
-from chameleon_jax.partitioning import make_mesh
+from chameleon_jax.partitioning import fetch, make_mesh
 from chameleon_jax.training.agreement import Largest
 from chameleon_jax.training.checkpoint import Checkpoints, resolved
 from chameleon_jax.training.interruption import InterruptedRunError, Interruption
@@ -41,8 +45,9 @@ from chameleon_jax.training.losses import LossSums
 from chameleon_jax.training.mesh_checks import check_mesh
 from chameleon_jax.training.metrics import MetricsWriter, StepLog
 from chameleon_jax.training.optimizer import make_optimizer
-from chameleon_jax.training.state import TrainState, abstract_state, init_state
+from chameleon_jax.training.state import TrainState, abstract_state, init_frozen, init_state
 from chameleon_jax.training.step import Metrics, make_eval_step, make_train_step
+from chameleon_jax.training.trainable import Tuning
 
 
 class NonFiniteLossError(ChameleonError):
@@ -97,8 +102,11 @@ def train(
       state = run.steps(state, last_step, deadline, interruption=interruption)
     finally:
       run.batches.close()
-    save_model(workdir / 'model', run.model_parts(state))
-    writer.say(f'model folder: {workdir / "model"} (step {int(state.step)})')
+    if run.tuning.config.method == 'lora':
+      run.save_adapter(workdir / 'adapter', state)
+    if run.tuning.config.export == 'merged':
+      save_model(workdir / 'model', run.model_parts(state))
+      writer.say(f'model folder: {workdir / "model"} (step {int(state.step)})')
     return state
 
 
@@ -108,11 +116,16 @@ class _Run:
   def __init__(self, config: TrainConfig, parts: ModelParts, mesh: Mesh, writer: MetricsWriter, checkpoints: Checkpoints):
     self.config, self.parts, self.mesh, self.writer, self.checkpoints = config, parts, mesh, writer, checkpoints
     self.model = Transformer(config.model)
+    self.tuning = Tuning(config.fine_tune)
+    if self.tuning.freezes and config.init_from is None:
+      raise ConfigError(f'fine_tune.method {config.fine_tune.method!r} trains a part of given weights: set config.init_from')
     self.optimizer = make_optimizer(config.optimizer, config.n_steps)
-    self.abstract = abstract_state(self.model, self.optimizer, mesh)
+    self.abstract = abstract_state(self.model, self.optimizer, mesh, self.tuning)
     self.train_step = make_train_step(self.model, self.optimizer, config, mesh)
     self.eval_step = make_eval_step(self.model, config, mesh, jax.tree.map(lambda leaf: leaf.sharding, self.abstract.params))
     self.key = jax.random.key(config.seed)
+    self.frozen: tuple[Params, ...] = ()  # the fourth argument of the step, where there is one
+    self.base: Base | None = None  # where the frozen parameters are from
     self.saved_step: int | None = None
     self.data = self._data_options()
     self.batches = make_batches(config.data, n_steps=config.n_steps, **self.data)
@@ -134,23 +147,47 @@ class _Run:
     """The newest checkpoint, or a fresh state; moves the data to the same place."""
     n_parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(self.abstract.params))
     shape = f'{self.config.data.batch_size} x {self.config.data.seq_len} tokens a step'
-    self.writer.say(f'{n_parameters:,} parameters, {shape}, {len(self.mesh.devices.flat)} x {self.mesh.devices.flat[0].device_kind}')
+    trained = 'parameters' if not self.tuning.freezes else f'parameters to train ({self.tuning.config.method})'
+    self.writer.say(f'{n_parameters:,} {trained}, {shape}, {len(self.mesh.devices.flat)} x {self.mesh.devices.flat[0].device_kind}')
     n_hosts, n_shards = jax.process_count(), self.config.data.shards
     if n_shards % n_hosts:
       self.writer.say(f'note: {n_hosts} hosts prepare parts of {n_shards} data shards over again; a multiple of {n_hosts} saves that work')
     self.saved_step = self.checkpoints.intact_step(self.writer.say)
+    key, params = jax.random.fold_in(self.key, 2**31 - 1), None
+    if self.tuning.freezes:
+      params = self._freeze(key)
     if self.saved_step is not None:
       before = self.checkpoints.config(self.saved_step)
-      for change in _changes(before, resolved(self.config)):
+      self._check_base(before.get('base'))
+      for change in _changes(before, self.described()):
         self.writer.say(f'note: config differs from the checkpoint: {change}')
       state = self.checkpoints.restore(self.abstract, iterator=self.batches, step=self.saved_step)
       self.writer.say(f'resumed after step {self.saved_step:,}')
       return state
-    params = None
     if self.config.init_from is not None:
-      params = _initial_params(self.config)
+      params = _initial_params(self.config)[0] if params is None else params
       self.writer.say(f'starting from {self.config.init_from}')
-    return init_state(self.model, self.optimizer, self.mesh, key=jax.random.fold_in(self.key, 2**31 - 1), params=params)
+    return init_state(self.model, self.optimizer, self.mesh, key=key, params=params, tuning=self.tuning)
+
+  def _freeze(self, key: Array) -> Params:
+    """Reads the weights to start from and puts those that do not train on the devices; returns the others."""
+    params, self.base = _initial_params(self.config)
+    trained, frozen = init_frozen(self.model, self.mesh, params, self.tuning, key=key)
+    self.frozen = (frozen,)
+    return trained
+
+  def _check_base(self, before: dict[str, str] | None) -> None:
+    now = self.described().get('base')
+    if before is not None and now is not None and before['fingerprint'] != now['fingerprint']:
+      raise CheckpointError(
+          f'{self.checkpoints.directory} was trained beside the weights of {before["path"]} (fingerprint {before["fingerprint"]}); '
+          f'those of {now["path"]} are others ({now["fingerprint"]}): set config.init_from to the former, or name another workdir'
+      )
+
+  def described(self) -> dict[str, Any]:
+    """The config as it is saved, with the weights that the checkpoints belong to where they hold only a part."""
+    base = {} if self.base is None else {'base': {'path': self.base.path, 'fingerprint': self.base.fingerprint}}
+    return resolved(self.config) | base
 
   def steps(self, state: TrainState, last_step: int, deadline: float, *, interruption: Interruption) -> TrainState:
     """Runs up to `last_step`, the deadline or an interruption and saves; logs, evaluates and saves on the way."""
@@ -169,7 +206,7 @@ class _Run:
         batch = next(self.batches)
         arrays = to_devices(batch, self.mesh)
         waited = time.monotonic() - began
-        state, metrics = self.train_step(state, arrays, self.key)
+        state, metrics = self.train_step(state, arrays, self.key, *self.frozen)
         step += 1
         if fetch_at_once:
           self._check_finite(metrics, step)
@@ -204,7 +241,7 @@ class _Run:
     return state
 
   def _save(self, state: TrainState, step: int) -> None:
-    self.checkpoints.save(step, state, iterator=self.batches, config=resolved(self.config))
+    self.checkpoints.save(step, state, iterator=self.batches, config=self.described())
     self.saved_step = step
 
   def _check_finite(self, metrics: Metrics, step: int) -> None:
@@ -224,7 +261,7 @@ class _Run:
     for name, source_batches in batches.items():
       sums = LossSums.zeros()
       for batch in source_batches:
-        sums = jax.tree.map(lambda a, b: a + float(b), sums, self.eval_step(state.params, to_devices(batch, self.mesh)))
+        sums = jax.tree.map(lambda a, b: a + float(b), sums, self.eval_step(state.params, to_devices(batch, self.mesh), *self.frozen))
       total = total + sums
       values |= {f'{name}/{key}': value for key, value in _losses(sums).items()}
     if not values:
@@ -237,12 +274,32 @@ class _Run:
     """The trained transformer with the tokenizers it was trained with."""
     return ModelParts(
         transformer_config=self.config.model,
-        transformer_params=state.params,
+        transformer_params=self._whole(state),
         vqgan_config=self.parts.vqgan_config,
         vqgan_params=self.parts.vqgan_params,
         vocabulary=self.config.vocabulary,
         text_tokenizer=self.parts.text_tokenizer,
     )
+
+
+  def _whole(self, state: TrainState) -> Params:
+    """All parameters; those that trained beside frozen ones in host memory, in the type that the config says they are kept in."""
+    if not self.frozen:
+      return state.params
+    merged = self.tuning.merged(*jax.tree.map(fetch, (state.params, *self.frozen)))
+    return jax.tree.map(lambda leaf: np.asarray(leaf, min(leaf.dtype, jnp.dtype(self.config.model.param_dtype), key=_size)), merged)
+
+  def save_adapter(self, path: Path, state: TrainState) -> None:
+    """Writes the trained adapter of a LoRA run; on several hosts all must call it."""
+    config, error = self.config.fine_tune, None
+    adapter = Adapter(config.lora_rank, config.lora_alpha, unrolled(jax.tree.map(fetch, state.params)), self.base)
+    if hosts.is_first():
+      try:
+        save_adapter(path, adapter)
+      except CheckpointError as raised:
+        error = raised
+    hosts.meet('adapter folder', error=error)
+    self.writer.say(f'adapter: {path} (step {int(state.step)})')
 
 
 def _tokenizers(config: TrainConfig, given: ModelParts | None) -> ModelParts:
@@ -273,8 +330,15 @@ def _merged(folders: str) -> ModelParts:
   return ModelParts(vqgan_config=images.vqgan_config, vqgan_params=images.vqgan_params, text_tokenizer=texts.text_tokenizer)
 
 
-def _initial_params(config: TrainConfig) -> Any:
-  parts = load_for_training(str(config.init_from), scan_layers=config.model.scan_layers)
+def _initial_params(config: TrainConfig) -> tuple[Any, Base]:
+  """The parameters of `config.init_from`, and which they are."""
+  tensors: dict[str, int] = {}
+
+  def note(name: str, values: np.ndarray) -> None:
+    tensors[name] = fingerprint(values)
+
+  watched = {'on_tensor': note} if config.fine_tune.method != 'full' else {}
+  parts = load_for_training(str(config.init_from), scan_layers=config.model.scan_layers, **watched)
   if parts.transformer_config is None:
     raise ConfigError(f'config.init_from: {config.init_from} holds no transformer')
   if parts.vocabulary is not None and parts.vocabulary != config.vocabulary:
@@ -283,7 +347,11 @@ def _initial_params(config: TrainConfig) -> Any:
     theirs, ours = getattr(parts.transformer_config, name), getattr(config.model, name)
     if theirs != ours:
       raise ConfigError(f'config.init_from: {config.init_from} was trained with {name} {theirs!r}, config.model.{name} is {ours!r}')
-  return parts.transformer_params
+  return parts.transformer_params, Base(str(config.init_from), tensors)
+
+
+def _size(dtype: np.dtype) -> int:
+  return dtype.itemsize
 
 
 def _agreed(flag: bool) -> bool:

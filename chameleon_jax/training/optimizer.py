@@ -1,4 +1,15 @@
-"""AdamW or Muon with the learning-rate schedule and clipping (arXiv 2405.09818, sections 2.3 and 3; 2502.16982).
+"""AdamW, Muon or Adafactor with the learning-rate schedule and clipping (arXiv 2405.09818, sections 2.3 and 3; 2502.16982; 1804.04235).
+
+Bytes of state for a parameter that trains, beside 4 of the parameter and 4 of its gradient:
+
+    name        momentum_dtype   bytes   of
+    adamw       None, float32    8       two moments
+    adamw       bfloat16         6       the first one in two bytes
+    muon        -                4       momentum of hidden matrices; 8 elsewhere
+    adafactor   None             ~0      a matrix [n, m] has n + m numbers: 0.004 bytes for 4,096 x 11,008; 4 where no two axes reach 128
+    adafactor   bfloat16         ~2      and momentum; float32: ~4
+
+What optax 0.2.8 does not offer is moments of 8 bits (block-wise quantised Adam, arXiv 2110.02861).
 
 Weight decay touches matrices only: embeddings, projections and convolution kernels. Scales and biases, and
 every parameter of a norm, are left alone; they are told apart by name, since scanned layers stack vectors
@@ -7,13 +18,17 @@ into matrices.
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 
 from chameleon_jax.array_types import AnyArray, Array, Params, PyTree
 from chameleon_jax.config import OptimizerConfig
+from chameleon_jax.partitioning import RULES
+from chameleon_jax.training.state import unboxed
 
 
 def make_schedule(config: OptimizerConfig, n_steps: int) -> optax.Schedule:
@@ -104,14 +119,58 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-  return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps, mu_dtype=jnp.float32)
+  return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps, mu_dtype=jnp.dtype(config.momentum_dtype or 'float32'))
+
+
+_FACTORED_FROM = 128  # optax factors the two largest axes of an array where both have at least this size
+
+
+def _adafactor(config: OptimizerConfig) -> optax.GradientTransformation:
+  """Factored second moments with their own schedule of decay, updates of root mean square 1 at most, momentum where it is asked for.
+
+  Not scaled by the size of the parameters, so that `learning_rate` means what it does for AdamW.
+  """
+  factored = optax.scale_by_factored_rms(min_dim_size_to_factor=_FACTORED_FROM)
+  steps = [optax.GradientTransformation(lambda params: _boxed_factors(factored.init(unboxed(params)), params), factored.update)]
+  steps.append(optax.clip_by_block_rms(1.0))
+  if config.momentum_dtype is not None:
+    steps.append(optax.ema(config.beta1, debias=False, accumulator_dtype=jnp.dtype(config.momentum_dtype)))
+  return optax.chain(*steps)
+
+
+def _boxed_factors(state: PyTree, params: Params) -> PyTree:
+  """The factors with the axis names that are left of their parameter's, where `params` are boxed; optax knows no boxes.
+
+      up_proj [L, D, F] of (layers, embed, mlp)    v_row [L, D] (layers, embed)    v_col [L, F] (layers, mlp)    v [1]
+  """
+  is_box = lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+
+  def boxed(param: PyTree, value: AnyArray, dropped: int) -> PyTree:
+    """`dropped`: which of the two factored axes is missing, the largest (-1) or the one before (-2)."""
+    if not is_box(param):
+      return value
+    names, shape = param.names, param.value.shape
+    if value.shape == (1,) != shape:
+      names = (None,)  # a place holder of one number
+    elif value.shape != shape:
+      axis = int(np.argsort(shape)[dropped])
+      names = names[:axis] + names[axis + 1 :]
+    return nn.LogicallyPartitioned(value, names, rules=RULES)
+
+  def each(values: PyTree, dropped: int) -> PyTree:
+    return jax.tree.map(lambda param, value: boxed(param, value, dropped), params, values, is_leaf=is_box)
+
+  return state._replace(v_row=each(state.v_row, -1), v_col=each(state.v_col, -2), v=each(state.v, 0))
+
+
+_SCALINGS = {'adamw': _adam, 'muon': _muon, 'adafactor': _adafactor}
 
 
 def make_optimizer(config: OptimizerConfig, n_steps: int) -> optax.GradientTransformation:
-  """Returns clipping by global norm, moments in float32 (Adam's or Muon's), decoupled weight decay on matrices, and the schedule."""
+  """Returns clipping by global norm, the moments of `config.name`, decoupled weight decay on matrices, and the schedule."""
   steps = [] if config.clip_norm is None else [optax.clip_by_global_norm(config.clip_norm)]
   steps += [
-      _muon(config) if config.name == 'muon' else _adam(config),
+      _SCALINGS[config.name](config),
       optax.add_decayed_weights(config.weight_decay, mask=decayed),
       optax.scale_by_learning_rate(make_schedule(config, n_steps)),
   ]

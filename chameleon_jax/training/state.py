@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from chameleon_jax.array_types import Array, Params, PyTree
 from chameleon_jax.errors import CheckpointError
 from chameleon_jax.partitioning import place, shardings_of
+from chameleon_jax.training.trainable import FULL, Tuning
 
 
 @flax.struct.dataclass
@@ -23,12 +24,12 @@ class TrainState:
   """One point of a run. Fields are annotated loosely because shapes and shardings come in this form too."""
 
   step: PyTree  # int32 scalar, updates done
-  params: Params
+  params: Params  # those that train, see `training/trainable.py`
   opt_state: PyTree
 
 
-def _init_boxed(model: nn.Module, optimizer: optax.GradientTransformation, key: Array) -> TrainState:
-  params = model.init(key, jnp.zeros((1, 2), jnp.int32))['params']
+def _init_boxed(model: nn.Module, optimizer: optax.GradientTransformation, key: Array, tuning: Tuning = FULL) -> TrainState:
+  params, _ = tuning.split(model.init(key, jnp.zeros((1, 2), jnp.int32))['params'], key)
   return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
 
@@ -39,23 +40,43 @@ def unboxed(tree: PyTree) -> PyTree:
 
 
 @functools.lru_cache(maxsize=8)
-def _abstract_boxed(model: nn.Module, optimizer: optax.GradientTransformation) -> TrainState:
-  return jax.eval_shape(lambda key: _init_boxed(model, optimizer, key), jax.random.key(0))
+def _abstract_boxed(model: nn.Module, optimizer: optax.GradientTransformation, tuning: Tuning = FULL) -> TrainState:
+  return jax.eval_shape(lambda key: _init_boxed(model, optimizer, key, tuning), jax.random.key(0))
 
 
-def state_shardings(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh) -> PyTree:
+@functools.lru_cache(maxsize=8)
+def _frozen_boxed(model: nn.Module, tuning: Tuning) -> PyTree:
+  return jax.eval_shape(lambda key: tuning.split(model.init(key, jnp.zeros((1, 2), jnp.int32))['params'], key)[1], jax.random.key(0))
+
+
+def state_shardings(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, tuning: Tuning = FULL) -> PyTree:
   """Shardings of every array of the state, in the form of an unboxed `TrainState`."""
-  return shardings_of(_abstract_boxed(model, optimizer), mesh)
+  return shardings_of(_abstract_boxed(model, optimizer, tuning), mesh)
 
 
-def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, tuning: Tuning = FULL) -> TrainState:
   """Shapes, types and shardings of the state, without an array."""
-  plain, shardings = unboxed(_abstract_boxed(model, optimizer)), state_shardings(model, optimizer, mesh)
+  return _with_shardings(_abstract_boxed(model, optimizer, tuning), mesh)
+
+
+def abstract_frozen(model: nn.Module, mesh: Mesh, tuning: Tuning) -> Params | None:
+  """Shapes, types and shardings of the parameters that do not train, None where all do."""
+  return _with_shardings(_frozen_boxed(model, tuning), mesh)
+
+
+def _with_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
+  plain, shardings = unboxed(boxed), shardings_of(boxed, mesh)
   return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), plain, shardings)
 
 
 def init_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, *, key: Array, params: Params | None = None
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    key: Array,
+    params: Params | None = None,
+    tuning: Tuning = FULL,
 ) -> TrainState:
   """A state at step 0, every array made directly on its devices.
 
@@ -64,16 +85,17 @@ def init_state(
     optimizer: makes the moments.
     mesh: the devices.
     key: for the initial parameters.
-    params: parameters to start from instead, plain arrays.
+    params: parameters to start from instead, plain arrays; those that train.
+    tuning: which ones do. Where some do not, `params` must be given.
 
   Raises:
     CheckpointError: `params` do not have the names and shapes of the model.
   """
-  shardings = state_shardings(model, optimizer, mesh)
+  shardings = state_shardings(model, optimizer, mesh, tuning)
   with jax.set_mesh(mesh):
     if params is None:
       return jax.jit(lambda key: unboxed(_init_boxed(model, optimizer, key)), out_shardings=shardings)(key)
-    abstract = abstract_state(model, optimizer, mesh)
+    abstract = abstract_state(model, optimizer, mesh, tuning)
     _check_fit(params, abstract.params)
     placed = jax.tree.map(lambda leaf, like: place(leaf, like.sharding, like.dtype), params, abstract.params)
 
@@ -81,6 +103,27 @@ def init_state(
       return TrainState(step=jnp.zeros((), jnp.int32), params=params, opt_state=optimizer.init(params))
 
     return jax.jit(start, out_shardings=shardings)(placed)
+
+
+def init_frozen(model: nn.Module, mesh: Mesh, params: Params, tuning: Tuning, *, key: Array) -> tuple[Params, Params]:
+  """(parameters to train, plain arrays for `init_state`; the frozen ones, on their devices).
+
+  Args:
+    model: the network.
+    mesh: the devices.
+    params: all parameters, plain arrays.
+    tuning: what trains; one that freezes something.
+    key: for what starts anew.
+
+  Raises:
+    CheckpointError: `params` do not have the names and shapes of the model.
+    ConfigError: the tuning names what is not there.
+  """
+  whole = jax.eval_shape(lambda key: unboxed(model.init(key, jnp.zeros((1, 2), jnp.int32))['params']), key)
+  _check_fit(params, whole)
+  trained, frozen = tuning.split(params, key)
+  like = abstract_frozen(model, mesh, tuning)
+  return trained, jax.tree.map(lambda leaf, like: jax.device_put(jnp.asarray(leaf, like.dtype), like.sharding), frozen, like)
 
 
 def _check_fit(params: Params, like: Params) -> None:

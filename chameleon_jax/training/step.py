@@ -18,7 +18,8 @@ from chameleon_jax.errors import ConfigError
 from chameleon_jax.partitioning import batch_sharding, constrain
 from chameleon_jax.training.losses import LossSums, Modalities, effective_weights, next_token_loss
 from chameleon_jax.training.optimizer import make_schedule
-from chameleon_jax.training.state import TrainState, state_shardings
+from chameleon_jax.training.state import TrainState, abstract_frozen, state_shardings
+from chameleon_jax.training.trainable import Tuning
 
 Batch = dict[str, Array]  # tokens, targets, loss_weights, segment_ids, positions, each [B, T]
 Metrics = dict[str, Array]
@@ -29,9 +30,11 @@ def modalities_of(config: TrainConfig) -> Modalities:
   return Modalities((4, 4 + config.vocabulary.n_codes), text_weight=config.text_loss_weight, image_weight=config.image_loss_weight)
 
 
-def _loss_sums(model: nn.Module, config: TrainConfig, params: Params, batch: Batch, key: Array | None) -> tuple[LossSums, Metrics]:
+def _loss_sums(
+    model: nn.Module, config: TrainConfig, variables: dict[str, Params], batch: Batch, key: Array | None
+) -> tuple[LossSums, Metrics]:
   hidden, _, diagnostics = model.apply(
-      {'params': params},
+      variables,
       batch['tokens'],
       positions=batch['positions'],
       segment_ids=batch['segment_ids'],
@@ -40,7 +43,7 @@ def _loss_sums(model: nn.Module, config: TrainConfig, params: Params, batch: Bat
       method='hidden',
   )
   sums = next_token_loss(
-      lambda piece: model.apply({'params': params}, piece, method='unembed'),
+      lambda piece: model.apply(variables, piece, method='unembed'),
       hidden,
       batch['targets'],
       batch['loss_weights'],
@@ -57,8 +60,10 @@ def _summary(diagnostics: Mapping[str, Array]) -> Metrics:
 
 def make_train_step(
     model: nn.Module, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
-) -> Callable[[TrainState, Batch, Array], tuple[TrainState, Metrics]]:
+) -> Callable[..., tuple[TrainState, Metrics]]:
   """Returns `step(state, batch, key) -> (state, metrics)`; call it under `jax.set_mesh(mesh)`.
+
+  Where `config.fine_tune` freezes parameters the step takes them as a fourth argument; gradients and moments are of the others.
 
   The batch is cut into `optimizer.accumulate_steps` microbatches of rows that run one after the other; their
   gradients add up to the gradient of the whole batch, since every microbatch is divided by the loss weight of
@@ -77,24 +82,25 @@ def make_train_step(
     parts = f'optimizer.accumulate_steps {n_micro} times {n_batch_shards} devices (data x fsdp)'
     raise ConfigError(f'data.batch_size {config.data.batch_size} is not a multiple of {parts}')
   schedule = make_schedule(config.optimizer, config.n_steps)
-  shardings = state_shardings(model, optimizer, mesh)
+  tuning = Tuning(config.fine_tune)
+  shardings = state_shardings(model, optimizer, mesh, tuning)
   replicated = NamedSharding(mesh, PartitionSpec())
 
   def total_weight(batch: Batch) -> Array:
     return jnp.maximum(jnp.sum(effective_weights(batch['targets'], batch['loss_weights'], modalities_of(config))), 1e-9)
 
-  def gradient(params: Params, batch: Batch, key: Array, weight: Array) -> tuple[PyTree, tuple[LossSums, Metrics]]:
+  def gradient(params: Params, frozen: Params | None, batch: Batch, key: Array, weight: Array) -> tuple[PyTree, tuple[LossSums, Metrics]]:
     def objective(params: Params) -> tuple[Array, tuple[LossSums, Metrics]]:
-      sums, diagnostics = _loss_sums(model, config, params, batch, key)
+      sums, diagnostics = _loss_sums(model, config, tuning.variables(params, frozen), batch, key)
       return (sums.cross_entropy + config.z_loss * sums.z_squared) / weight, (sums, diagnostics)
 
     gradients, aux = jax.grad(objective, has_aux=True)(params)
     return gradients, aux
 
-  def accumulated(params: Params, batch: Batch, key: Array) -> tuple[PyTree, LossSums, Metrics]:
+  def accumulated(params: Params, frozen: Params | None, batch: Batch, key: Array) -> tuple[PyTree, LossSums, Metrics]:
     weight = total_weight(batch)
     if n_micro == 1:
-      gradients, (sums, diagnostics) = gradient(params, batch, key, weight)
+      gradients, (sums, diagnostics) = gradient(params, frozen, batch, key, weight)
       return gradients, sums, diagnostics
 
     def split(x: Array) -> Array:
@@ -103,15 +109,15 @@ def make_train_step(
 
     def add(carry: tuple[PyTree, LossSums], inputs: tuple[Array, Batch]) -> tuple[tuple[PyTree, LossSums], Metrics]:
       index, micro = inputs
-      gradients, (sums, diagnostics) = gradient(params, micro, jax.random.fold_in(key, index), weight)
+      gradients, (sums, diagnostics) = gradient(params, frozen, micro, jax.random.fold_in(key, index), weight)
       return (jax.tree.map(jnp.add, carry[0], gradients), carry[1] + sums), diagnostics
 
     zeros = jax.tree.map(jnp.zeros_like, params)
     (gradients, sums), diagnostics = jax.lax.scan(add, (zeros, LossSums.zeros()), (jnp.arange(n_micro), jax.tree.map(split, batch)))
     return gradients, sums, jax.tree.map(lambda x: jnp.mean(x, axis=0), diagnostics)
 
-  def step(state: TrainState, batch: Batch, key: Array) -> tuple[TrainState, Metrics]:
-    gradients, sums, diagnostics = accumulated(state.params, batch, jax.random.fold_in(key, state.step))
+  def step(state: TrainState, batch: Batch, key: Array, frozen: Params | None = None) -> tuple[TrainState, Metrics]:
+    gradients, sums, diagnostics = accumulated(state.params, frozen, batch, jax.random.fold_in(key, state.step))
     loss, gradient_norm = sums.loss(config.z_loss), optax.global_norm(gradients)
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
     updated = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
@@ -130,13 +136,24 @@ def make_train_step(
     }
     return kept, metrics
 
-  return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh), replicated), out_shardings=(shardings, replicated), donate_argnums=0)
+  inputs = (shardings, batch_sharding(mesh), replicated, *_frozen_shardings(model, tuning, mesh))
+  return jax.jit(step, in_shardings=inputs, out_shardings=(shardings, replicated), donate_argnums=0)
 
 
-def make_eval_step(model: nn.Module, config: TrainConfig, mesh: Mesh, params_shardings: PyTree) -> Callable[[Params, Batch], LossSums]:
-  """Returns `evaluate(params, batch) -> LossSums` without dropout; call it under `jax.set_mesh(mesh)`."""
+def _frozen_shardings(model: nn.Module, tuning: Tuning, mesh: Mesh) -> tuple[PyTree, ...]:
+  """Of the argument with the frozen parameters, where there is one."""
+  return (jax.tree.map(lambda leaf: leaf.sharding, abstract_frozen(model, mesh, tuning)),) if tuning.freezes else ()
 
-  def evaluate(params: Params, batch: Batch) -> LossSums:
-    return _loss_sums(model, config, params, batch, None)[0]
 
-  return jax.jit(evaluate, in_shardings=(params_shardings, batch_sharding(mesh)), out_shardings=NamedSharding(mesh, PartitionSpec()))
+def make_eval_step(model: nn.Module, config: TrainConfig, mesh: Mesh, params_shardings: PyTree) -> Callable[..., LossSums]:
+  """Returns `evaluate(params, batch) -> LossSums` without dropout; call it under `jax.set_mesh(mesh)`.
+
+  Frozen parameters are its third argument, as in `make_train_step`.
+  """
+  tuning = Tuning(config.fine_tune)
+
+  def evaluate(params: Params, batch: Batch, frozen: Params | None = None) -> LossSums:
+    return _loss_sums(model, config, tuning.variables(params, frozen), batch, None)[0]
+
+  inputs = (params_shardings, batch_sharding(mesh), *_frozen_shardings(model, tuning, mesh))
+  return jax.jit(evaluate, in_shardings=inputs, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -1,5 +1,6 @@
-"""Schedules against closed forms; AdamW with clipping and Muon against their definitions in numpy."""
+"""Schedules against closed forms; AdamW with clipping, Muon and Adafactor against their definitions; bytes and layout of states."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,8 +9,12 @@ import numpy as np
 import optax
 import pytest
 
-from chameleon_jax.config import OptimizerConfig
+from chameleon_jax import presets
+from chameleon_jax.config import MeshConfig, OptimizerConfig
+from chameleon_jax.models.transformer.model import Transformer
+from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.training.optimizer import decayed, make_optimizer, make_schedule
+from chameleon_jax.training.state import abstract_state
 
 
 def test_warmup_is_linear_and_reaches_the_peak():
@@ -136,3 +141,62 @@ def test_muon_takes_scanned_layers_one_by_one():
   update, _ = _muon_update(np.ones((3, 4, 2, 2), np.float32), 'q_proj', gradient)
   for layer in range(3):
     np.testing.assert_allclose(update[layer].reshape(4, 4), _orthogonalised(gradient[layer].reshape(4, 4)), rtol=1e-3, atol=1e-4)
+
+
+def test_adafactor_divides_by_the_factored_root_mean_square():
+  """The first update: v = row means x column means / mean of all of g^2, then at most 1 in root mean square."""
+  gradient = np.random.default_rng(0).normal(size=(128, 136)).astype(np.float32)
+  gradient[:4] *= 30
+  config = OptimizerConfig(
+      name='adafactor', learning_rate=1.0, schedule='constant', warmup_steps=0, weight_decay=0.0, clip_norm=None, beta1=0.9
+  )
+  params = {'up_proj': jnp.ones((128, 136)), 'q_norm': {'weight': jnp.ones((2, 4))}}
+  gradients = {'up_proj': jnp.asarray(gradient), 'q_norm': {'weight': jnp.full((2, 4), -3.0)}}
+  squared = gradient.astype(np.float64) ** 2
+  expected = gradient / np.sqrt(squared.mean(1, keepdims=True) * squared.mean(0, keepdims=True) / squared.mean())
+  expected = expected / max(1.0, np.sqrt(np.mean(expected**2)))
+  for momentum, share in ((None, 1.0), ('float32', 0.1), ('bfloat16', 0.1)):
+    optimizer = make_optimizer(dataclasses.replace(config, momentum_dtype=momentum), 10)
+    updates, _ = optimizer.update(gradients, optimizer.init(params), params)
+    np.testing.assert_allclose(updates['up_proj'], -share * expected, rtol=1e-4 if momentum != 'bfloat16' else 1e-2, atol=1e-6)
+    np.testing.assert_allclose(updates['q_norm']['weight'], np.full((2, 4), share), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'per_parameter'),
+    [
+        ({}, 8),
+        ({'momentum_dtype': 'bfloat16'}, 6),
+        ({'name': 'muon'}, 4),
+        ({'name': 'adafactor'}, 4 * (512 + 1024) / (512 * 1024)),
+        ({'name': 'adafactor', 'momentum_dtype': 'bfloat16'}, 2 + 4 * (512 + 1024) / (512 * 1024)),
+        ({'name': 'adafactor', 'momentum_dtype': 'float32'}, 4 + 4 * (512 + 1024) / (512 * 1024)),
+    ],
+)
+def test_bytes_of_state_a_parameter(settings, per_parameter):
+  """Of the hidden matrix of 4 layers; place holders and counts are a few bytes."""
+  params = {'layers': {'feed_forward': {'up_proj': jax.ShapeDtypeStruct((4, 512, 1024), jnp.float32)}}}
+  state = jax.eval_shape(make_optimizer(OptimizerConfig(**settings), 10).init, params)
+  found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+  assert found == pytest.approx(per_parameter * 4 * 512 * 1024, abs=64)
+
+
+def test_factored_moments_lie_as_what_is_left_of_their_parameters():
+  mesh = make_mesh(MeshConfig(data=1, fsdp=4, tensor=2))
+  config = presets.tiny_transformer(n_layers=2, d_model=128, d_ff=256, n_heads=4, d_head=32)
+  model, optimizer = Transformer(config), make_optimizer(OptimizerConfig(name='adafactor', momentum_dtype='bfloat16'), 10)
+  factors, _, momentum = abstract_state(model, optimizer, mesh).opt_state[1]
+  place = lambda tree: (tree.shape, tree.sharding.spec)
+  up, head = (lambda tree: tree['layers']['feed_forward']['up_proj']), (lambda tree: tree['lm_head'])  # [L, D, F] and [D, V]
+  assert place(up(factors.v_row)) == ((2, 128), jax.P(None, 'fsdp'))
+  assert place(up(factors.v_col)) == ((2, 256), jax.P(None, 'tensor'))
+  assert place(up(factors.v)) == ((1,), jax.P(None))
+  assert place(up(momentum.ema)) == ((2, 128, 256), jax.P(None, 'fsdp', 'tensor'))
+  assert place(head(factors.v_row)) == ((128,), jax.P('fsdp')) and place(head(factors.v_col)) == ((128,), jax.P('tensor'))
+  query = factors.v['layers']['attention']['q_proj']  # [L, D, N, H] without two axes of 128
+  assert place(query) == ((2, 128, 4, 32), jax.P(None, 'fsdp', 'tensor', None))
+
+
+def test_a_type_of_momentum_is_not_for_muon():
+  with pytest.raises(ValueError, match='momentum_dtype is for adamw and adafactor'):
+    OptimizerConfig(name='muon', momentum_dtype='bfloat16')

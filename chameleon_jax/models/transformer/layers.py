@@ -6,7 +6,7 @@ Norms run in float32; projections in the compute type through `linear`.
 Does not know: how layers are stacked, embeddings, or the loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -40,6 +40,11 @@ def out_of_block(x: Activations, config: TransformerConfig) -> Activations:
 def inside_block(x: Activations, config: TransformerConfig) -> Activations:
   """Whole rows again in front of the projections, gathered once for all of them; nothing where they never were in pieces."""
   return constrain(x, 'batch', 'length', 'act_embed') if config.sequence_parallel else x
+
+
+def adapter_of(module: nn.Module, name: str) -> Mapping[str, Array] | None:
+  """The adapter of a projection of `module`, where the collection 'lora' was given and has one (`linear` says what it does)."""
+  return module.get_variable('lora', name)
 
 
 def _initializers(config: TransformerConfig) -> tuple[Initializer, Initializer]:
@@ -99,7 +104,8 @@ class Attention(nn.Module):
 
     def project(name: str, heads: int, axis: str) -> Array:
       kernel = add_parameter(self, name, (d_model, heads, d_head), ('embed', axis, 'd_head'), init=init, dtype=config.param_dtype)
-      return constrain(linear(x, kernel, 1, config.dtype), 'batch', 'length', f'act_{axis}', 'd_head')
+      y = linear(x, kernel, 1, config.dtype, adapter=adapter_of(self, name))
+      return constrain(y, 'batch', 'length', f'act_{axis}', 'd_head')
 
     q, k, v = project('q_proj', n_heads, 'heads'), project('k_proj', n_kv_heads, 'kv_heads'), project('v_proj', n_kv_heads, 'kv_heads')
     if config.qk_norm:
@@ -117,7 +123,8 @@ class Attention(nn.Module):
     context = constrain(context, 'batch', 'length', 'act_heads', 'd_head')
     shape, axes = (n_heads, d_head, d_model), ('heads', 'd_head', 'embed')
     o_proj = add_parameter(self, 'o_proj', shape, axes, init=init_out, dtype=config.param_dtype)
-    return linear(context, o_proj, 2, config.dtype), layer_cache, jax.lax.stop_gradient(bound)
+    branch = linear(context, o_proj, 2, config.dtype, adapter=adapter_of(self, 'o_proj'))
+    return branch, layer_cache, jax.lax.stop_gradient(bound)
 
 
 class FeedForward(nn.Module):
@@ -133,9 +140,10 @@ class FeedForward(nn.Module):
     gate_proj = add_parameter(self, 'gate_proj', wide, ('embed', 'mlp'), init=init, dtype=config.param_dtype)
     up_proj = add_parameter(self, 'up_proj', wide, ('embed', 'mlp'), init=init, dtype=config.param_dtype)
     down_proj = add_parameter(self, 'down_proj', narrow, ('mlp', 'embed'), init=init_out, dtype=config.param_dtype)
-    gate, up = linear(x, gate_proj, 1, config.dtype), linear(x, up_proj, 1, config.dtype)
+    gate = linear(x, gate_proj, 1, config.dtype, adapter=adapter_of(self, 'gate_proj'))
+    up = linear(x, up_proj, 1, config.dtype, adapter=adapter_of(self, 'up_proj'))
     inner = constrain(jax.nn.silu(gate) * up, 'batch', 'length', 'act_mlp')
-    return linear(inner, down_proj, 1, config.dtype)
+    return linear(inner, down_proj, 1, config.dtype, adapter=adapter_of(self, 'down_proj'))
 
 
 class Layer(nn.Module):

@@ -10,6 +10,7 @@ Does not know: what the axes mean, or how they are sharded.
 
 import functools
 import math
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,9 @@ from chameleon_jax.config import Dtype
 PROJECTION = 'projection'  # name of every result of `linear` for rematerialisation policies
 
 
-def linear(x: Array, kernel: Array, dims: int, dtype: Dtype, *, out_dtype: Dtype | None = None) -> Array:
+def linear(
+    x: Array, kernel: Array, dims: int, dtype: Dtype, *, out_dtype: Dtype | None = None, adapter: Mapping[str, Array] | None = None
+) -> Array:
   """Contracts the last `dims` axes of `x` with the first `dims` axes of `kernel`.
 
   `linear(x [B, T, D], q_proj [D, N, H], 1, dtype) -> [B, T, N, H]`
@@ -35,16 +38,24 @@ def linear(x: Array, kernel: Array, dims: int, dtype: Dtype, *, out_dtype: Dtype
     dims: number of contracted axes.
     dtype: type of both operands inside the product; the sum is float32.
     out_dtype: type of the result, `dtype` unless given.
+    adapter: {'a': [contracted, r], 'b': [r, outputs]}, whose product is added to the kernel without being formed: x W + (x A) B.
 
   Returns:
     Array [..., outputs] of `out_dtype`.
   """
   compute, result = jnp.dtype(dtype), jnp.dtype(out_dtype or dtype)
+  if adapter is None:
+    return checkpoint_name(_multiply(x, kernel, dims, compute, result), PROJECTION)
+  wide = jnp.dtype(jnp.float32)  # the two products meet before they are rounded
+  thin = _multiply(x, adapter['a'], dims, compute, compute)
+  y = _multiply(x, kernel, dims, compute, wide) + _multiply(thin, adapter['b'], 1, compute, wide)
+  return checkpoint_name(y.astype(result), PROJECTION)
+
+
+def _multiply(x: Array, kernel: Array, dims: int, compute: jnp.dtype, result: jnp.dtype) -> Array:
   if compute == jnp.float32:
-    y = lax.dot_general(x.astype(compute), kernel.astype(compute), _contract(x.ndim, dims)).astype(result)
-  else:
-    y = _mixed_linear(dims, result, x.astype(compute), kernel)
-  return checkpoint_name(y, PROJECTION)
+    return lax.dot_general(x.astype(compute), kernel.astype(compute), _contract(x.ndim, dims)).astype(result)
+  return _mixed_linear(dims, result, x.astype(compute), kernel)
 
 
 def _contract(ndim: int, dims: int) -> lax.DotDimensionNumbers:

@@ -10,6 +10,8 @@ Parameter tree (L leading when `scan_layers`, else `layers_0` .. in place of `la
   final_norm {weight} [D]
   lm_head   [D, V]
 
+A second collection, 'lora', may hold adapters of any of the projections and of lm_head, under the same paths (`linear.linear`).
+
 Does not know: the vocabulary, pictures, sampling or the loss.
 """
 
@@ -25,7 +27,7 @@ from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer import rope
 from chameleon_jax.models.transformer.blockwise import CONTEXT
 from chameleon_jax.models.transformer.cache import KVCache
-from chameleon_jax.models.transformer.layers import Layer, RMSNorm, add_parameter, between_blocks, inside_block
+from chameleon_jax.models.transformer.layers import Layer, RMSNorm, adapter_of, add_parameter, between_blocks, inside_block
 from chameleon_jax.models.transformer.linear import PROJECTION, linear
 from chameleon_jax.partitioning import constrain
 
@@ -46,7 +48,7 @@ class Transformer(nn.Module):
     if config.scan_layers:
       self.layers = nn.scan(
           _rematerialised(config),
-          variable_axes={'params': 0},
+          variable_axes={'params': 0, 'lora': 0},
           split_rngs={'params': True, 'dropout': True},
           in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast, nn.broadcast),
           out_axes=0,
@@ -128,7 +130,7 @@ class Transformer(nn.Module):
 
   def unembed(self, hidden: Activations) -> Logits:
     """Projects hidden states [B, T, D] (or any piece of the rows) to float32 logits [B, T, V]."""
-    logits = linear(hidden, self.lm_head, 1, self.config.dtype, out_dtype='float32')
+    logits = linear(hidden, self.lm_head, 1, self.config.dtype, out_dtype='float32', adapter=adapter_of(self, 'lm_head'))
     return constrain(logits, 'batch', 'length', 'act_vocab')
 
 
