@@ -5,6 +5,8 @@
 
 The same command after a kill goes on from the newest checkpoint in the workdir. At the end, and when the run is cut
 short by --stop_after or --max_minutes, workdir/model holds the model with its tokenizers.
+
+--profile_steps=100:105 writes a profiler's trace of these steps to the workdir; `touch WORKDIR/profile` asks a run under way for one.
 """
 
 from collections.abc import Sequence
@@ -20,6 +22,7 @@ def define_flags() -> None:
   define_config(TrainConfig)
   define_workdir('checkpoints, metrics and the model')
   flags.DEFINE_integer('stop_after', None, 'stop after this step, with a checkpoint; run again to go on', lower_bound=1)
+  flags.DEFINE_string('profile_steps', None, 'first and last step to write a profiler trace of, such as 100:105')
   flags.DEFINE_float('max_minutes', None, 'stop after this time, with a checkpoint; run again to go on', lower_bound=0)
 
 
@@ -33,5 +36,7 @@ def main(argv: Sequence[str]) -> None:
   config = get_config()
   workdir = get_workdir()
   from chameleon_jax.training.loop import train
+  from chameleon_jax.training.profiling import parse_steps
 
-  train(config, workdir, stop_after=flags.FLAGS.stop_after, max_minutes=flags.FLAGS.max_minutes)
+  profile_steps = None if flags.FLAGS.profile_steps is None else parse_steps(flags.FLAGS.profile_steps)
+  train(config, workdir, stop_after=flags.FLAGS.stop_after, max_minutes=flags.FLAGS.max_minutes, profile_steps=profile_steps)

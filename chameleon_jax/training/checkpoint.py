@@ -67,15 +67,16 @@ class Checkpoints:
       checkpoints.save(100, state, iterator=batches, config=dataclasses.asdict(config))
   """
 
-  def __init__(self, directory: str | os.PathLike, config: CheckpointConfig):
+  def __init__(self, directory: str | os.PathLike, config: CheckpointConfig = CheckpointConfig(), *, read_only: bool = False):
     self.directory = Path(directory).absolute()
     try:
-      self.directory.mkdir(parents=True, exist_ok=True)
+      if not read_only:
+        self.directory.mkdir(parents=True, exist_ok=True)
       with _quiet_orbax():
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(max_to_keep=config.keep_last, enable_async_checkpointing=config.asynchronous),
-        )
+        options = ocp.CheckpointManagerOptions(max_to_keep=config.keep_last, enable_async_checkpointing=config.asynchronous)
+        if read_only:  # a run may be writing there: make, remove and change nothing
+          options = ocp.CheckpointManagerOptions(read_only=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
     except (OSError, ValueError) as error:
       raise CheckpointError(f'cannot use {self.directory} for checkpoints: {_one_line(error)}') from error
 
@@ -89,7 +90,9 @@ class Checkpoints:
       if error is None:  # the first error is the one to show
         raise
 
-  def save(self, step: int, state: PyTree, *, iterator: Any = None, config: dict[str, Any]) -> None:
+  def save(
+      self, step: int, state: PyTree, *, iterator: Any = None, config: dict[str, Any], notes: dict[str, Any] | None = None
+  ) -> None:
     """Saves everything of `step`.
 
     Args:
@@ -97,13 +100,14 @@ class Checkpoints:
       state: tree of arrays, without boxes.
       iterator: a Grain iterator, whose position is saved; None where there is none.
       config: the resolved config as JSON-able values.
+      notes: whatever else the run must know to go on, as JSON-able values.
 
     Raises:
       CheckpointError: the step exists, or it or a save before it could not be written.
     """
     items: dict[str, Any] = {
         _STATE: ocp.args.StandardSave(state),
-        _CONFIG: ocp.args.JsonSave({'format': FORMAT, 'step': step, 'config': config}),
+        _CONFIG: ocp.args.JsonSave({'format': FORMAT, 'step': step, 'config': config, 'notes': notes or {}}),
     }
     if iterator is not None:
       items[_ITERATOR] = grain.checkpoint.CheckpointSave(iterator)
@@ -147,12 +151,31 @@ class Checkpoints:
         _check_same_shapes(f'checkpoint {path}', _metadata(checkpointer, path / _STATE), abstract)
       return self._manager.restore(step, args=ocp.args.Composite(**items))[_STATE]
 
+  def restore_iterator(self, iterator: Any, *, step: int) -> None:
+    """Moves a Grain iterator to the position saved with `step`, and reads no arrays.
+
+    Raises:
+      CheckpointError: no such step, or it holds no position.
+    """
+    path = self.directory / str(self._known_step(step))
+    if not (path / _ITERATOR).is_dir():
+      raise CheckpointError(f'checkpoint {path} holds no position of the input data')
+    with self._errors(f'reading the position of step {step}'):
+      self._manager.restore(step, args=ocp.args.Composite(**{_ITERATOR: grain.checkpoint.CheckpointRestore(iterator)}))
+
   def config(self, step: int | None = None) -> dict[str, Any]:
     """The resolved config saved with `step`, the newest by default.
 
     Raises:
       CheckpointError: no such step, or not a checkpoint of this project.
     """
+    return self._about(step)['config']
+
+  def notes(self, step: int | None = None) -> dict[str, Any]:
+    """The notes saved with `step`, the newest by default; raises as `config` does."""
+    return self._about(step).get('notes', {})
+
+  def _about(self, step: int | None) -> dict[str, Any]:
     step = self._known_step(step)
     path = self.directory / str(step)
     if not (path / _CONFIG).is_dir() or not (path / _STATE).is_dir():
@@ -161,7 +184,7 @@ class Checkpoints:
       saved = self._manager.restore(step, args=ocp.args.Composite(**{_CONFIG: ocp.args.JsonRestore()}))[_CONFIG]
     if not isinstance(saved, dict) or saved.get('format') != FORMAT:
       raise CheckpointError(f'{path} was not written in the format {FORMAT}; name another directory')
-    return saved['config']
+    return saved
 
   def wait(self) -> None:
     """Returns once every save is on disk.

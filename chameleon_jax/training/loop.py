@@ -14,7 +14,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,15 @@ from chameleon_jax.interop.opening import load_for_training, load_tokenizers
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.training.checkpoint import Checkpoints, resolved
+from chameleon_jax.training.diagnostics import figures
 from chameleon_jax.training.losses import LossSums
 from chameleon_jax.training.metrics import MetricsWriter, StepLog
 from chameleon_jax.training.optimizer import make_optimizer
+from chameleon_jax.training.profiling import Profiler
+from chameleon_jax.training.samples import Sampler
+from chameleon_jax.training.spikes import Spike, SpikeGuard, go_back, report
 from chameleon_jax.training.state import TrainState, abstract_state, init_state
-from chameleon_jax.training.step import Metrics, make_eval_step, make_train_step
+from chameleon_jax.training.step import make_eval_step, make_train_step
 
 
 class NonFiniteLossError(ChameleonError):
@@ -51,6 +55,7 @@ def train(
     tokenizers: ModelParts | None = None,
     stop_after: int | None = None,
     max_minutes: float | None = None,
+    profile_steps: tuple[int, int] | None = None,
 ) -> TrainState:
   """Trains, or goes on training, and writes the model folder.
 
@@ -61,6 +66,7 @@ def train(
       `config.init_from`, by default.
     stop_after: save and stop after this step; the schedule stays that of `config.n_steps`.
     max_minutes: save and stop after this time.
+    profile_steps: first and last step of which a profiler's trace is written, see `training/profiling.py`.
 
   Returns:
     The state after the last step.
@@ -71,18 +77,19 @@ def train(
   """
   deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
   workdir = Path(workdir)
-  parts = _tokenizers(config, tokenizers)
+  parts = run_tokenizers(config, tokenizers)
   mesh = make_mesh(config.mesh)
   last_step = config.n_steps if stop_after is None else min(stop_after, config.n_steps)
 
   with MetricsWriter(workdir, total_steps=config.n_steps) as writer, Checkpoints(workdir / 'checkpoints', config.checkpoint) as checkpoints:
-    run = _Run(config, parts, mesh, writer, checkpoints)
+    run = _Run(config, parts, mesh, writer, checkpoints, workdir=workdir, profile_steps=profile_steps)
     state = run.start()
     if jax.process_index() == 0:
       (workdir / 'config.json').write_text(json.dumps(resolved(config), indent=2) + '\n')
     try:
       state = run.steps(state, last_step, deadline)
     finally:
+      run.profiler.close()
       run.batches.close()
     if jax.process_count() == 1:
       save_model(workdir / 'model', run.model_parts(state))
@@ -95,7 +102,17 @@ def train(
 class _Run:
   """What stays fixed while a run goes on."""
 
-  def __init__(self, config: TrainConfig, parts: ModelParts, mesh: Mesh, writer: MetricsWriter, checkpoints: Checkpoints):
+  def __init__(
+      self,
+      config: TrainConfig,
+      parts: ModelParts,
+      mesh: Mesh,
+      writer: MetricsWriter,
+      checkpoints: Checkpoints,
+      *,
+      workdir: Path,
+      profile_steps: tuple[int, int] | None,
+  ):
     self.config, self.parts, self.mesh, self.writer, self.checkpoints = config, parts, mesh, writer, checkpoints
     self.model = Transformer(config.model)
     self.optimizer = make_optimizer(config.optimizer, config.n_steps)
@@ -104,20 +121,11 @@ class _Run:
     self.eval_step = make_eval_step(self.model, config, mesh, jax.tree.map(lambda leaf: leaf.sharding, self.abstract.params))
     self.key = jax.random.key(config.seed)
     self.saved_step: int | None = None
-    self.data = self._data_options()
-    self.batches = make_batches(config.data, n_steps=config.n_steps, **self.data)
-
-  def _data_options(self) -> dict[str, Any]:
-    names = [name for stage in self.config.data.stages for name, _ in stage.weights]
-    vocabulary = make_vocabulary(self.config.vocabulary, self.parts.text_tokenizer)
-    options: dict[str, Any] = {'vocabulary': vocabulary, 'text_tokenizer': self.parts.text_tokenizer}
-    if self.parts.vqgan_config is not None:
-      options['encode_images'] = make_encoder(self.parts.vqgan_config, self.parts.vqgan_params)
-      pictures = world_pictures(names)
-      if pictures is not None:
-        self.writer.say(f'encoding {len(pictures):,} pictures')
-        options['codes'] = options['encode_images'](list(pictures))
-    return options
+    self.guard = SpikeGuard(config.spikes)
+    self.profiler = Profiler(workdir, profile_steps, say=writer.say, agree=None if jax.process_count() == 1 else _agreed_number)
+    self.data = data_options(config, parts, say=writer.say)
+    self.sampler = Sampler(config, parts, data=self.data, writer=writer, workdir=workdir)
+    self.batches = make_batches(config.data, n_steps=config.n_steps, endless=True, **self.data)  # some may be thrown away, see spikes.py
 
   def start(self) -> TrainState:
     """The newest checkpoint, or a fresh state; moves the data to the same place."""
@@ -130,8 +138,12 @@ class _Run:
       for change in _changes(before, resolved(self.config)):
         self.writer.say(f'note: config differs from the checkpoint: {change}')
       state = self.checkpoints.restore(self.abstract, iterator=self.batches)
+      self.guard.restore(self.checkpoints.notes(self.saved_step).get('spikes'), step=self.saved_step)
       self.writer.say(f'resumed after step {self.saved_step:,}')
       return state
+    return self._first_state()
+
+  def _first_state(self) -> TrainState:
     params = None
     if self.config.init_from is not None:
       params = _initial_params(self.config)
@@ -143,31 +155,37 @@ class _Run:
     config, log = self.config, StepLog(self.writer)
     fetch_at_once = self.mesh.devices.flat[0].platform == 'cpu'  # many CPU devices deadlock when steps pile up
     step = int(state.step)
-    previous: Metrics | None = None
     with jax.set_mesh(self.mesh):
       while step < last_step:
         began = time.monotonic()
         batch = next(self.batches)
         arrays = to_devices(batch, self.mesh)
         waited = time.monotonic() - began
+        self.profiler.before(step + 1, look=step % config.log_every == 0)
         state, metrics = self.train_step(state, arrays, self.key)
         step += 1
-        if fetch_at_once:
-          self._check_finite(metrics, step)
-        elif previous is not None:
-          self._check_finite(previous, step - 1)  # a step behind, so the device never waits for the host
-        previous = metrics
+        self.profiler.after(step, metrics)
+        self.guard.add(step, metrics)
+        measured = metrics.pop('diagnostics', None)
         log.add(metrics, batch, waited)
         logs, evaluates = step % config.log_every == 0, step % config.eval_every == 0
         stops = step >= last_step or ((logs or jax.process_count() == 1) and _agreed(time.monotonic() > deadline))
         saves = stops or step % config.checkpoint.every_steps == 0
-        if logs or evaluates or saves:
-          self._check_finite(metrics, step)
+        # Without waiting it is a step behind, so that the device need not pause for the host.
+        spike = self._spike_to_leave(wait=fetch_at_once or logs or evaluates or saves)
+        if spike is not None:
+          del state, metrics, measured  # no room for two states
+          state, log = self._rewind(spike), StepLog(self.writer)
+          step = int(state.step)
+          continue
+        if measured is not None and step % (config.diagnostics_every or 1) == 0:
+          self.writer.write(step, figures(measured), prefix='diagnostics')
         if logs or stops:
           log.write(step, dropped=dropped_documents(self.batches))
         if evaluates or step == config.n_steps:
           with log.pause():
             self._evaluate(state, step)
+            self.sampler.evaluated(step, state.params)
         if saves:
           with log.pause():
             self._save(state, step)
@@ -179,17 +197,27 @@ class _Run:
     return state
 
   def _save(self, state: TrainState, step: int) -> None:
-    self.checkpoints.save(step, state, iterator=self.batches, config=resolved(self.config))
+    self.checkpoints.save(step, state, iterator=self.batches, config=resolved(self.config), notes={'spikes': self.guard.books()})
     self.saved_step = step
 
-  def _check_finite(self, metrics: Metrics, step: int) -> None:
-    if float(metrics['finite']) == 1.0:
-      return
-    figures = f'loss {float(metrics["loss"])}, gradient norm {float(metrics["gradient_norm"])}'
+  def _spike_to_leave(self, *, wait: bool) -> Spike | None:
+    """The next spike that the run goes back from; others are said, and a loss that is not finite is raised."""
+    while (spike := self.guard.judge(wait=wait)) is not None and not self.guard.may_rewind:
+      if not spike.finite:
+        self._not_finite(spike)
+      report(spike, self.writer)
+    return spike
+
+  def _rewind(self, spike: Spike) -> TrainState:
+    kept = go_back(self.guard, spike, checkpoints=self.checkpoints, batches=self.batches, writer=self.writer)
+    return self._first_state() if kept is None else self.checkpoints.restore(self.abstract, step=kept)
+
+  def _not_finite(self, spike: Spike) -> None:
+    shown = f'loss {spike.loss}, gradient norm {spike.gradient_norm}'
     kept = self.checkpoints.latest_step()
     advice = 'lower optimizer.learning_rate or lengthen optimizer.warmup_steps'
     where = 'no checkpoint was saved yet' if kept is None else f'the last good checkpoint is step {kept} in {self.checkpoints.directory}'
-    raise NonFiniteLossError(f'step {step}: not finite ({figures}); stopped, {where}; {advice}')
+    raise NonFiniteLossError(f'step {spike.step}: not finite ({shown}); stopped, {where}; {advice}')
 
   def _evaluate(self, state: TrainState, step: int) -> None:
     """Losses on validation documents, of each source by itself and of all of them, always on the same batches."""
@@ -220,7 +248,21 @@ class _Run:
     )
 
 
-def _tokenizers(config: TrainConfig, given: ModelParts | None) -> ModelParts:
+def data_options(config: TrainConfig, parts: ModelParts, *, say: Callable[[str], None]) -> dict[str, Any]:
+  """What `make_batches` needs besides the config, from the tokenizers of the run."""
+  names = [name for stage in config.data.stages for name, _ in stage.weights]
+  vocabulary = make_vocabulary(config.vocabulary, parts.text_tokenizer)
+  options: dict[str, Any] = {'vocabulary': vocabulary, 'text_tokenizer': parts.text_tokenizer}
+  if parts.vqgan_config is not None:
+    options['encode_images'] = make_encoder(parts.vqgan_config, parts.vqgan_params)
+    pictures = world_pictures(names)
+    if pictures is not None:
+      say(f'encoding {len(pictures):,} pictures')
+      options['codes'] = options['encode_images'](list(pictures))
+  return options
+
+
+def run_tokenizers(config: TrainConfig, given: ModelParts | None) -> ModelParts:
   """The tokenizers of a run, checked against its vocabulary.
 
   Raises:
@@ -266,6 +308,11 @@ def _agreed(flag: bool) -> bool:
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
+
+
+def _agreed_number(number: int) -> int:
+  """The number of the first host."""
+  return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))
 
 
 def _losses(sums: LossSums) -> dict[str, float]:
