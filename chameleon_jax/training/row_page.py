@@ -18,6 +18,7 @@ from jaxtyping import UInt8
 from chameleon_jax.models.vqgan.model import decode_pixels
 from chameleon_jax.sampling import page
 from chameleon_jax.tokens import images
+from chameleon_jax.training.losses import effective_weights
 from chameleon_jax.training.replay import SeenBatch
 from chameleon_jax.training.step import modalities_of
 
@@ -50,9 +51,7 @@ def row_html(seen: SeenBatch, row: int, *, workdir: str = '') -> str:
 
 def _weights(seen: SeenBatch, arrays: dict[str, np.ndarray]) -> np.ndarray:
   """Weight of every place in the loss: that of its document times that of its kind of target (`training/losses.py`)."""
-  modalities = modalities_of(seen.config)
-  is_image = np.asarray(modalities.is_image(arrays['targets']))
-  return arrays['loss_weights'] * np.where(is_image, modalities.image_weight, modalities.text_weight).astype(np.float32)
+  return np.asarray(effective_weights(arrays['targets'][None], arrays['loss_weights'][None], modalities_of(seen.config)))[0]
 
 
 def _legend(weights: np.ndarray) -> str:

@@ -11,8 +11,16 @@ import numpy as np
 import pytest
 
 from chameleon_jax import presets
-from chameleon_jax.config import CheckpointConfig, DataConfig, OptimizerConfig, SamplesConfig, SamplingOptions, StageConfig
-from chameleon_jax.config import TrainConfig, VocabularyConfig
+from chameleon_jax.config import (
+  CheckpointConfig,
+  DataConfig,
+  OptimizerConfig,
+  SamplesConfig,
+  SamplingOptions,
+  StageConfig,
+  TrainConfig,
+  VocabularyConfig,
+)
 from chameleon_jax.data.sources import source as registry
 from chameleon_jax.interop.native import ModelParts, abstract_vqgan, save_model
 from chameleon_jax.tokens.document import Codes, Document, Text
