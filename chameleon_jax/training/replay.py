@@ -106,7 +106,8 @@ def rebuild(
       read_from = max((kept for kept, done in positions.items() if done < number), default=None)
       if checkpoints is not None and read_from is not None:
         checkpoints.restore_iterator(batches, step=read_from)
-    for _ in range(number - positions.get(read_from, 0) - 1):
+    already = 0 if read_from is None else positions[read_from]
+    for _ in range(number - already - 1):
       next(batches)
     arrays = next(batches)
   finally:

@@ -3,18 +3,17 @@
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from chameleon_jax import presets
 from chameleon_jax.config import DataConfig, OptimizerConfig, TrainConfig
 from chameleon_jax.data.pipeline import to_devices
-from chameleon_jax.models.transformer.model import Transformer, unstack_layers
+from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.training.diagnostics import figures, kind_of, squares
 from chameleon_jax.training.optimizer import make_optimizer
-from chameleon_jax.training.state import abstract_state, init_state, unboxed
+from chameleon_jax.training.state import abstract_state, init_state
 from chameleon_jax.training.step import make_eval_step, make_train_step
 
 
@@ -58,12 +57,19 @@ def _batch():
 
 
 def test_stacked_layers_are_measured_as_layers_apart():
-  model = Transformer(_config().model)
-  params = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))['params'])
   rng = np.random.default_rng(1)
-  params = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), unboxed(params))
-  stacked, apart = squares(params), squares(jax.tree.map(np.asarray, unstack_layers(params)))
+  attention = {'q_proj': (4, 2, 3), 'q_norm': {'weight': (2, 3)}}
+  layer = {'attention': attention, 'feed_forward': {'up_proj': (4, 5)}, 'ffn_norm': {'weight': (4,)}}
+  draw = lambda shape: rng.normal(size=shape).astype(np.float32)
+  is_shape = lambda leaf: isinstance(leaf, tuple)
+  layers = [jax.tree.map(draw, layer, is_leaf=is_shape) for _ in range(3)]
+  rest = {'embedding': draw((7, 4)), 'final_norm': {'weight': draw((4,))}, 'lm_head': draw((4, 7)), 'count': np.int32(3)}
+  stacked = squares(rest | {'layers': jax.tree.map(lambda *leaves: np.stack(leaves), *layers)})
+  apart = squares(rest | {f'layers_{index}': tree for index, tree in enumerate(layers)})
   assert stacked.keys() == apart.keys() == {'embedding', 'attention', 'feed_forward', 'norms', 'head'}
+  expected = [np.sum(tree['attention']['q_norm']['weight'] ** 2) + np.sum(tree['ffn_norm']['weight'] ** 2) for tree in layers]
+  np.testing.assert_allclose(stacked['norms']['layers'], expected, rtol=1e-6)
+  assert float(stacked['norms']['beside']) == pytest.approx(np.sum(rest['final_norm']['weight'] ** 2), rel=1e-6)
   for kind in stacked:
     assert stacked[kind].keys() == apart[kind].keys()
     for part in stacked[kind]:

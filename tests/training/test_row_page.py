@@ -65,8 +65,9 @@ def page(seen_run):
 def test_tokens_targets_positions_and_weights_are_those_of_the_step(page):
   seen, _, reader, drawn = page
   used = drawn['segment_ids'] > 0
-  for attribute, name in (('data-id', 'tokens'), ('data-target', 'targets'), ('data-position', 'positions'), ('data-segment', 'segment_ids')):
-    assert [int(token[attribute]) for token in reader.tokens] == drawn[name][used].tolist(), name
+  named = {'id': 'tokens', 'target': 'targets', 'position': 'positions', 'segment': 'segment_ids'}
+  for attribute, name in named.items():
+    assert [int(token[f'data-{attribute}']) for token in reader.tokens] == drawn[name][used].tolist(), name
   is_image = seen.vocabulary.is_image[drawn['targets']]
   weights = drawn['loss_weights'] * np.where(is_image, 0.5, 1.0)
   assert [float(token['data-weight']) for token in reader.tokens] == weights[used].tolist()

@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import io
+import pathlib
 import re
 
 import jax
@@ -50,7 +51,7 @@ def _events(workdir):
   """(tag, kind) of every TensorBoard value."""
   found = []
   for path in glob.glob(str(workdir / 'tensorboard' / '*')):
-    data = open(path, 'rb').read()
+    data = pathlib.Path(path).read_bytes()
     while data:
       length = int.from_bytes(data[:8], 'little')
       found += [(value.tag, value) for value in Event.FromString(data[12 : 12 + length]).summary.value]
