@@ -69,3 +69,17 @@ def tiny_model_folder(tmp_path_factory) -> pathlib.Path:
   path = tmp_path_factory.mktemp('model') / 'tiny'
   native.save_model(path, parts)
   return path
+
+
+@pytest.fixture(scope='session')
+def seen_run(tmp_path_factory):
+  """A small run with all that shows its inside, of tests/training/seen_run.py: (module, its folder, batches it drew, its config)."""
+  import importlib.util
+
+  path = pathlib.Path(__file__).with_name('training') / 'seen_run.py'
+  spec = importlib.util.spec_from_file_location('seen_run', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  folder = tmp_path_factory.mktemp('seen')
+  batches, config = module.make(folder)
+  return types.SimpleNamespace(module=module, workdir=folder / 'run', batches=batches, config=config)

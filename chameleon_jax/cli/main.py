@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'train-text-tokenizer': ('train_text_tokenizer', 'train the sentencepiece BPE text tokenizer'),
     'tokenize': ('tokenize', 'turn a data set into shards of codes and text'),
     'train': ('train', 'pre-train or fine-tune the transformer'),
+    'peek': ('peek', 'show what a step of a training run saw, as a page'),
 }
 
 

@@ -8,6 +8,8 @@ short by --stop_after or --max_minutes, workdir/model holds the model with its t
 
 On several hosts the same command runs on each, with a workdir that all of them see. Under Slurm, Open MPI, on TPU VMs and TPUs of
 GKE they find each other; else give --coordinator_address, --num_processes and --process_id (experiments/launch).
+
+--profile_steps=100:105 writes a profiler's trace of these steps to the workdir; `touch WORKDIR/profile` asks a run under way for one.
 """
 
 from collections.abc import Sequence
@@ -25,6 +27,7 @@ def define_flags() -> None:
   define_workdir('checkpoints, metrics and the model')
   define_hosts()
   flags.DEFINE_integer('stop_after', None, 'stop after this step, with a checkpoint; run again to go on', lower_bound=1)
+  flags.DEFINE_string('profile_steps', None, 'first and last step to write a profiler trace of, such as 100:105')
   flags.DEFINE_float('max_minutes', None, 'stop after this time, with a checkpoint; run again to go on', lower_bound=0)
 
 
@@ -39,7 +42,9 @@ def main(argv: Sequence[str]) -> None:
   config = get_config()
   workdir = get_workdir()
   from chameleon_jax.training.loop import train
+  from chameleon_jax.training.profiling import parse_steps
 
   stop_after, max_minutes = flags.FLAGS.stop_after, flags.FLAGS.max_minutes
+  profile_steps = None if flags.FLAGS.profile_steps is None else parse_steps(flags.FLAGS.profile_steps)
   with all_hosts(config, stop_after=stop_after):
-    train(config, workdir, stop_after=stop_after, max_minutes=max_minutes)
+    train(config, workdir, stop_after=stop_after, max_minutes=max_minutes, profile_steps=profile_steps)

@@ -6,6 +6,7 @@ from typing import Literal
 
 from chameleon_jax.config.checks import require, require_fraction, require_positive
 from chameleon_jax.config.networks import DiscriminatorConfig, TransformerConfig, VQGANConfig
+from chameleon_jax.config.sampling import SamplingOptions
 from chameleon_jax.config.vocabulary import VocabularyConfig
 
 
@@ -246,6 +247,43 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SpikeConfig:
+  """What to do when the loss jumps (`training/spikes.py`); off unless `threshold` is set.
+
+  A loss is a spike where it lies more than `threshold` robust standard deviations above the median of the last `window` losses.
+  The run then goes back to its newest checkpoint and never sees the batches up to the spike's and `skip_batches` behind it.
+  """
+
+  threshold: float | None = None  # 6 is rare among 100,000 steps of a smooth run
+  window: int = 128
+  min_deviation: float = 0.01  # nats: a window as quiet as this counts as this much
+  skip_batches: int = 1  # thrown away behind that of the spike; those since the checkpoint are gone in any case
+  max_rewinds: int = 10  # of a whole run; then a spike is only reported, and a loss that is not finite ends the run
+
+  def __post_init__(self):
+    require_positive(self, 'min_deviation', 'skip_batches', 'max_rewinds')
+    require(self.window >= 8, f'SpikeConfig.window must be at least 8, or the median says nothing, got {self.window}')
+    require(self.threshold is None or self.threshold > 0, f'SpikeConfig.threshold must be positive or None, got {self.threshold}')
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplesConfig:
+  """Samples drawn while a run goes on (`training/samples.py`); off unless `every_evaluations` is set.
+
+  Prompts are the beginnings of validation documents, always the same ones, taken from the sources of the last stage in turn.
+  """
+
+  every_evaluations: int | None = None
+  n_prompts: int = 4
+  options: SamplingOptions = SamplingOptions(max_new_tokens=1152, guidance_text=1.0, guidance_image=1.0)  # one picture of the release fits
+
+  def __post_init__(self):
+    require_positive(self, 'n_prompts')
+    every = self.every_evaluations
+    require(every is None or every > 0, f'SamplesConfig.every_evaluations must be positive or None, got {every}')
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """`chameleon train`: pre-training and supervised fine-tuning.
 
@@ -271,9 +309,14 @@ class TrainConfig:
   seed: int = 0
   mesh: MeshConfig = MeshConfig()
   checkpoint: CheckpointConfig = CheckpointConfig()
+  diagnostics_every: int | None = None  # steps between two looks at the norms of every layer (training/diagnostics.py)
+  spikes: SpikeConfig = SpikeConfig()
+  samples: SamplesConfig = SamplesConfig()
 
   def __post_init__(self):
     require_positive(self, 'n_steps', 'eval_every', 'log_every', 'loss_chunks')
+    every = self.diagnostics_every
+    require(every is None or every > 0, f'diagnostics_every must be positive or None, got {every}')
     require(
         self.model.vocab_size == self.vocabulary.size,
         f'model.vocab_size {self.model.vocab_size} and vocabulary.size {self.vocabulary.size} differ',

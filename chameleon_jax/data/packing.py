@@ -29,6 +29,20 @@ Row = dict[str, np.ndarray]  # tokens, targets, loss_weights, segment_ids, posit
 _MAX_DROPS = 10_000  # documents dropped in a row before the source is called unusable
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced(Rendered):
+  """A rendered document that remembers where it is from. `assemble` then adds to the row, for each of its tokens:
+
+      sources        place of the source among the names of the run, -1 for padding
+      documents      index of the document in its source, -1 for padding
+      clean_tokens   the tokens before noise was put on pictures
+  """
+
+  source: int
+  document: int
+  clean_tokens: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
   """Length of a row and the ids that decide where a document may be cut."""
@@ -89,6 +103,8 @@ def assemble(documents: Sequence[Rendered], limits: Limits) -> Row:
       'segment_ids': np.zeros(n, np.int32),
       'positions': np.zeros(n, np.int32),
   }
+  if documents and isinstance(documents[0], Traced):
+    row |= {'sources': np.full(n, -1, np.int32), 'documents': np.full(n, -1, np.int64), 'clean_tokens': row['tokens'].copy()}
   start = 0
   for segment, document in enumerate(documents, start=1):
     end = start + len(document)
@@ -97,6 +113,10 @@ def assemble(documents: Sequence[Rendered], limits: Limits) -> Row:
     row['loss_weights'][start:end] = document.loss_weights
     row['segment_ids'][start:end] = segment
     row['positions'][start:end] = np.arange(end - start)
+    if isinstance(document, Traced):
+      row['sources'][start:end] = document.source
+      row['documents'][start:end] = document.document
+      row['clean_tokens'][start:end] = document.clean_tokens
     start = end
   return row
 

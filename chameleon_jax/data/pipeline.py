@@ -27,7 +27,7 @@ from jax.sharding import Mesh
 
 from chameleon_jax.array_types import Array
 from chameleon_jax.config import DataConfig, StageConfig
-from chameleon_jax.data.packing import Limits, PackedRows, Row, fit
+from chameleon_jax.data.packing import Limits, PackedRows, Row, Traced, fit
 from chameleon_jax.data.shards import ShardedBatches, held_pieces, rows_by_shard
 from chameleon_jax.data.sources.fingerprint import fingerprint
 from chameleon_jax.data.sources.source import DocumentSource, make_source
@@ -92,7 +92,9 @@ class RenderDocument:
       encode_images: EncodeImages | None = None,
       image_noise: float = 0.0,
       prompt_image_noise: float = 0.0,
+      trace_as: int | None = None,
   ):
+    self._trace_as = trace_as  # place of the source among the names of the run, to be remembered with each document
     self._source, self._vocabulary, self._text_tokenizer = source, vocabulary, text_tokenizer
     self._limits, self._encode_images = limits, encode_images
     self._image_noise, self._prompt_image_noise = image_noise, prompt_image_noise
@@ -103,9 +105,16 @@ class RenderDocument:
     else:
       document = self._source.document(int(index), rng)
       rendered = fit(render(document, self._vocabulary, self._text_tokenizer, encode_images=self._encode_images), self._limits)
-    if rendered is None or self._image_noise == self._prompt_image_noise == 0:
-      return rendered
-    return with_noise(rendered, self._vocabulary, rng, answers=self._image_noise, prompts=self._prompt_image_noise)
+    if rendered is None:
+      return None
+    seen = rendered
+    if self._image_noise or self._prompt_image_noise:
+      seen = with_noise(rendered, self._vocabulary, rng, answers=self._image_noise, prompts=self._prompt_image_noise)
+    if self._trace_as is None:
+      return seen
+    return Traced(
+        seen.tokens, seen.targets, seen.loss_weights, source=self._trace_as, document=int(index), clean_tokens=rendered.tokens
+    )
 
 
 def stage_ends(stages: Sequence[StageConfig], n_steps: int) -> list[int]:
@@ -123,28 +132,28 @@ def stage_ends(stages: Sequence[StageConfig], n_steps: int) -> list[int]:
 
 
 class StagedBatches(grain.IterDataset):
-  """Batches of stage 0 up to its last step, then those of stage 1, and so on; ends after the last stage."""
+  """Batches of stage 0 up to its last step, then those of stage 1, and so on; ends after the last stage, or never if `endless`."""
 
-  def __init__(self, stages: Sequence[grain.IterDataset], ends: Sequence[int]):
+  def __init__(self, stages: Sequence[grain.IterDataset], ends: Sequence[int], *, endless: bool = False):
     super().__init__(tuple(stages))
-    self._ends = tuple(ends)
+    self._ends, self._endless = tuple(ends), endless
 
   def __iter__(self) -> 'StagedBatchesIterator':
-    return StagedBatchesIterator([stage.__iter__() for stage in self._parents], self._ends)
+    return StagedBatchesIterator([stage.__iter__() for stage in self._parents], self._ends, endless=self._endless)
 
 
 class StagedBatchesIterator(grain.DatasetIterator):
   """Iterator of `StagedBatches`."""
 
-  def __init__(self, stages: Sequence[grain.DatasetIterator], ends: Sequence[int]):
+  def __init__(self, stages: Sequence[grain.DatasetIterator], ends: Sequence[int], *, endless: bool = False):
     super().__init__(tuple(stages))
-    self._stages, self._ends, self._step = tuple(stages), tuple(ends), 0
+    self._stages, self._ends, self._endless, self._step = tuple(stages), tuple(ends), endless, 0
 
   def _stage(self) -> int:
     return next((stage for stage, end in enumerate(self._ends) if self._step < end), len(self._ends) - 1)
 
   def __next__(self) -> Row:
-    if self._step >= self._ends[-1]:
+    if self._step >= self._ends[-1] and not self._endless:
       raise StopIteration
     batch = next(self._stages[self._stage()])
     self._step += 1
@@ -162,6 +171,11 @@ def _seed(*parts: int) -> int:
   return int(np.random.SeedSequence(parts).generate_state(1)[0])
 
 
+def source_names(config: DataConfig) -> tuple[str, ...]:
+  """Every source of the run once, in the order of the stages; `sources` of a traced batch are places in it."""
+  return tuple(dict.fromkeys(name for stage in config.stages for name, _ in stage.weights))
+
+
 def make_batches(
     config: DataConfig,
     vocabulary: Vocabulary,
@@ -172,6 +186,8 @@ def make_batches(
     codes: np.ndarray | None = None,
     encode_images: EncodeImages | None = None,
     rows: np.ndarray | None = None,
+    traced: bool = False,
+    endless: bool = False,
 ) -> grain.DatasetIterator:
   """Returns an iterator of `n_steps` numpy batches with `get_state` and `set_state`.
 
@@ -184,6 +200,8 @@ def make_batches(
     codes: int32 [pictures, n_image_tokens], one row per picture of an in-memory world, see `make_source`.
     encode_images: for sources whose documents hold pixels.
     rows: int [n] in rising order, which rows of each batch to make, see `shards.host_rows`; all by default.
+    traced: the same batches and positions, with the three arrays of `packing.Traced` beside the others.
+    endless: go on with the last stage after `n_steps` batches, for a run that throws some away (`training/spikes.py`).
 
   Returns:
     Batches {tokens, targets, loss_weights, segment_ids, positions}, each [n, seq_len].
@@ -198,7 +216,7 @@ def make_batches(
   wanted = rows_by_shard(rows, n_rows=config.batch_size, n_shards=config.shards)
   limits = Limits(config.seq_len, vocabulary.begin_image, vocabulary.end_image, vocabulary.pad)
   cached = CachedText(text_tokenizer)
-  names = dict.fromkeys(name for stage in config.stages for name, _ in stage.weights)
+  names = source_names(config)
   sources = {name: _fitted(make_source(name, split, codes=codes), vocabulary, text_tokenizer, encode_images) for name in names}
   read_options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=8 * config.read_threads)
 
@@ -207,7 +225,8 @@ def make_batches(
     if len(source) == 0:
       raise DataError(f'source {name!r} has no documents in split {split!r}; take it out of data.stages')
     noise = {'image_noise': config.image_noise, 'prompt_image_noise': config.prompt_image_noise} if split == 'train' else {}
-    to_rendered = RenderDocument(source, vocabulary, cached, limits=limits, encode_images=encode_images, **noise)
+    trace_as = names.index(name) if traced else None
+    to_rendered = RenderDocument(source, vocabulary, cached, limits=limits, encode_images=encode_images, trace_as=trace_as, **noise)
     seed = _seed(config.shuffle_seed, number, *name.encode())
     every = grain.MapDataset.range(len(source)).shuffle(seed=seed).repeat().random_map(to_rendered, seed=seed)
     return every[shard :: config.shards] if config.shards > 1 else every
@@ -220,7 +239,7 @@ def make_batches(
 
   def staged(shard: int) -> grain.IterDataset:
     stages = [batches(stage, number, shard) for number, stage in enumerate(config.stages)]
-    return StagedBatches(stages, stage_ends(config.stages, n_steps))
+    return StagedBatches(stages, stage_ends(config.stages, n_steps), endless=endless)
 
   sharded = ShardedBatches(
       {shard: staged(shard) for shard in wanted},

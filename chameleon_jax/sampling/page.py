@@ -134,11 +134,16 @@ def write_pictures(directory: str | os.PathLike[str], document: Document, *, nam
 
 def write_page(path: str | os.PathLike[str], sections: Sequence[Section], *, title: str = 'Chameleon', note: str = '') -> pathlib.Path:
   """Writes the page, whole or not at all; makes its directory. Returns its path."""
+  return write_html(path, page_html(sections, title=title, note=note))
+
+
+def write_html(path: str | os.PathLike[str], text: str) -> pathlib.Path:
+  """Writes a page that is ready, whole or not at all; makes its directory. Returns its path."""
   target = pathlib.Path(path)
   target.parent.mkdir(parents=True, exist_ok=True)
   draft = target.with_name(target.name + '.part')
   try:
-    draft.write_text(page_html(sections, title=title, note=note), encoding='utf-8')
+    draft.write_text(text, encoding='utf-8')
     draft.replace(target)
   finally:
     draft.unlink(missing_ok=True)
@@ -147,15 +152,20 @@ def write_page(path: str | os.PathLike[str], sections: Sequence[Section], *, tit
 
 def page_html(sections: Sequence[Section], *, title: str = 'Chameleon', note: str = '') -> str:
   """The page as a string."""
+  return shell([line for section in sections for line in _section(section)], title=title, note=note)
+
+
+def shell(body: Sequence[str], *, title: str, note: str = '', style: str = '') -> str:
+  """A whole page around lines of HTML, in the style of this file and any rules of `style` besides."""
   return '\n'.join(
     [
       '<!DOCTYPE html>',
       '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">',
       f'<title>{html.escape(title)}</title>',
-      f'<style>\n{_STYLE}\n</style></head><body>',
+      f'<style>\n{_STYLE}\n{style}</style></head><body>',
       f'<h1>{html.escape(title)}</h1>',
       *_note(note),
-      *(line for section in sections for line in _section(section)),
+      *body,
       '</body></html>\n',
     ]
   )
@@ -175,7 +185,7 @@ def _section(section: Section) -> Iterator[str]:
       role = '' if turn.role == 'document' else f'<span class="role">{turn.role}</span>'
       yield f'<div class="turn {turn.role}">{role}{"".join(map(_segment, turn.segments))}</div>'
     if example.originals:
-      yield '<div class="pictures">' + ''.join(_figure(original.pixels, original.caption) for original in example.originals) + '</div>'
+      yield '<div class="pictures">' + ''.join(figure(original.pixels, original.caption) for original in example.originals) + '</div>'
     if example.caption:
       yield f'<div class="caption">{html.escape(example.caption)}</div>'
     yield '</article>'
@@ -186,10 +196,11 @@ def _segment(segment: Segment) -> str:
   if isinstance(segment, Text):
     return html.escape(segment.text)
   pixels = picture_of(segment)
-  return f'<span class="unfinished">{html.escape(unfinished_note(segment))}</span>' if pixels is None else _figure(pixels)
+  return f'<span class="unfinished">{html.escape(unfinished_note(segment))}</span>' if pixels is None else figure(pixels)
 
 
-def _figure(pixels: Pixels, caption: str = '') -> str:
+def figure(pixels: Pixels, caption: str = '') -> str:
+  """A picture as HTML that holds it."""
   height, width = pixels.shape[:2]
   factor = max(1, _SHOWN_PIXELS // max(height, width))
   data = base64.b64encode(png_bytes(pixels)).decode('ascii')

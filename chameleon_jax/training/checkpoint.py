@@ -75,20 +75,21 @@ class Checkpoints:
       checkpoints.save(100, state, iterator=batches, config=dataclasses.asdict(config))
   """
 
-  def __init__(self, directory: str | os.PathLike, config: CheckpointConfig):
+  def __init__(self, directory: str | os.PathLike, config: CheckpointConfig = CheckpointConfig(), *, read_only: bool = False):
     self.directory = Path(directory).absolute()
     self._checksums = config.checksums
     self._sealing: threading.Thread | None = None
     self._seal_error: OSError | None = None
     try:
-      self.directory.mkdir(parents=True, exist_ok=True)
+      if not read_only:
+        self.directory.mkdir(parents=True, exist_ok=True)
       with _quiet_orbax():
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=config.keep_last, keep_period=config.keep_every, enable_async_checkpointing=config.asynchronous
-            ),
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=config.keep_last, keep_period=config.keep_every, enable_async_checkpointing=config.asynchronous
         )
+        if read_only:  # a run may be writing there: make, remove and change nothing
+          options = ocp.CheckpointManagerOptions(read_only=True)
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
     except (OSError, ValueError) as error:
       raise CheckpointError(f'cannot use {self.directory} for checkpoints: {_one_line(error)}') from error
 
@@ -102,7 +103,9 @@ class Checkpoints:
       if error is None:  # the first error is the one to show
         raise
 
-  def save(self, step: int, state: PyTree, *, iterator: Any = None, config: dict[str, Any]) -> None:
+  def save(
+      self, step: int, state: PyTree, *, iterator: Any = None, config: dict[str, Any], notes: dict[str, Any] | None = None
+  ) -> None:
     """Saves everything of `step`.
 
     Args:
@@ -110,13 +113,14 @@ class Checkpoints:
       state: tree of arrays, without boxes.
       iterator: the data of this host; what its `get_state` says is merged over all hosts. None where there is none.
       config: the resolved config as JSON-able values.
+      notes: whatever else the run must know to go on, as JSON-able values.
 
     Raises:
       CheckpointError: the step exists, it or a save before it could not be written, or hosts differ about the same position.
     """
     items: dict[str, Any] = {
         _STATE: ocp.args.StandardSave(state),
-        _CONFIG: ocp.args.JsonSave({'format': FORMAT, 'step': step, 'config': config}),
+        _CONFIG: ocp.args.JsonSave({'format': FORMAT, 'step': step, 'config': config, 'notes': notes or {}}),
     }
     if iterator is not None:
       items[_POSITION] = ocp.args.JsonSave(_merged(json.loads(text) for text in gather(json.dumps(iterator.get_state()))))
@@ -207,12 +211,29 @@ class Checkpoints:
       return json.loads((path / _OLD_POSITION).read_text())
     raise CheckpointError(f'checkpoint {path} holds no position of the input data; restore it without iterator')
 
+  def restore_iterator(self, iterator: Any, *, step: int) -> None:
+    """Moves a Grain iterator to the position saved with `step`, and reads no arrays.
+
+    Raises:
+      CheckpointError: no such step, or it holds no position.
+    """
+    step = self._known_step(step)
+    with self._errors(f'reading the position of step {step}'):
+      iterator.set_state(self._position(step))
+
   def config(self, step: int | None = None) -> dict[str, Any]:
     """The resolved config saved with `step`, the newest by default.
 
     Raises:
       CheckpointError: no such step, or not a checkpoint of this project.
     """
+    return self._about(step)['config']
+
+  def notes(self, step: int | None = None) -> dict[str, Any]:
+    """The notes saved with `step`, the newest by default; raises as `config` does."""
+    return self._about(step).get('notes', {})
+
+  def _about(self, step: int | None) -> dict[str, Any]:
     step = self._known_step(step)
     path = self.directory / str(step)
     if not (path / _CONFIG).is_dir() or not (path / _STATE).is_dir():
@@ -221,7 +242,7 @@ class Checkpoints:
       saved = self._manager.restore(step, args=ocp.args.Composite(**{_CONFIG: ocp.args.JsonRestore()}))[_CONFIG]
     if not isinstance(saved, dict) or saved.get('format') != FORMAT:
       raise CheckpointError(f'{path} was not written in the format {FORMAT}; name another directory')
-    return saved['config']
+    return saved
 
   def wait(self) -> None:
     """Returns once every save is on disk.

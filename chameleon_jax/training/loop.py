@@ -29,24 +29,26 @@ from jax.sharding import Mesh
 from chameleon_jax import hosts
 from chameleon_jax.array_types import Array, Params
 from chameleon_jax.config import TrainConfig
-from chameleon_jax.data.encode import make_encoder, world_pictures
 from chameleon_jax.data.pipeline import dropped_documents, make_batches, to_devices, validation_batches
-from chameleon_jax.data.shards import host_rows
 from chameleon_jax.errors import ChameleonError, CheckpointError, ConfigError
-from chameleon_jax.interop.native import ModelParts, check_fit, make_vocabulary, save_model
-from chameleon_jax.interop.native.adapter import Adapter, Base, fingerprint, save_adapter, unrolled
-from chameleon_jax.interop.opening import load_for_training, load_tokenizers
+from chameleon_jax.interop.native import ModelParts, save_model
+from chameleon_jax.interop.native.adapter import Adapter, Base, save_adapter, unrolled
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.partitioning import fetch, make_mesh
 from chameleon_jax.training.agreement import Largest
 from chameleon_jax.training.checkpoint import Checkpoints, resolved
+from chameleon_jax.training.diagnostics import figures
 from chameleon_jax.training.interruption import InterruptedRunError, Interruption
 from chameleon_jax.training.losses import LossSums
 from chameleon_jax.training.mesh_checks import check_mesh
 from chameleon_jax.training.metrics import MetricsWriter, StepLog
 from chameleon_jax.training.optimizer import make_optimizer
+from chameleon_jax.training.profiling import Profiler
+from chameleon_jax.training.run_inputs import config_changes, data_options, initial_params, run_tokenizers
+from chameleon_jax.training.samples import Sampler
+from chameleon_jax.training.spikes import Spike, SpikeGuard, go_back, report
 from chameleon_jax.training.state import TrainState, abstract_state, init_frozen, init_state
-from chameleon_jax.training.step import Metrics, make_eval_step, make_train_step
+from chameleon_jax.training.step import make_eval_step, make_train_step
 from chameleon_jax.training.trainable import Tuning
 
 
@@ -61,6 +63,7 @@ def train(
     tokenizers: ModelParts | None = None,
     stop_after: int | None = None,
     max_minutes: float | None = None,
+    profile_steps: tuple[int, int] | None = None,
 ) -> TrainState:
   """Trains, or goes on training, and writes the model folder.
 
@@ -71,6 +74,7 @@ def train(
       `config.init_from`, by default.
     stop_after: save and stop after this step; the schedule stays that of `config.n_steps`.
     max_minutes: save and stop after this time.
+    profile_steps: first and last step of which a profiler's trace is written, see `training/profiling.py`.
 
   Returns:
     The state after the last step.
@@ -82,7 +86,7 @@ def train(
   """
   deadline = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
   workdir = Path(workdir)
-  parts = _tokenizers(config, tokenizers)
+  parts = run_tokenizers(config, tokenizers)
   mesh = make_mesh(config.mesh)
   check_mesh(config, mesh)
   last_step = config.n_steps if stop_after is None else min(stop_after, config.n_steps)
@@ -92,7 +96,7 @@ def train(
       MetricsWriter(workdir, total_steps=config.n_steps) as writer,
       Checkpoints(workdir / 'checkpoints', config.checkpoint) as checkpoints,
   ):
-    run = _Run(config, parts, mesh, writer, checkpoints)
+    run = _Run(config, parts, mesh, writer, checkpoints, workdir=workdir, profile_steps=profile_steps)
     state = run.start()
     writer.rewind(int(state.step))
     if jax.process_index() == 0:
@@ -101,6 +105,7 @@ def train(
     try:
       state = run.steps(state, last_step, deadline, interruption=interruption)
     finally:
+      run.profiler.close()
       run.batches.close()
     if run.tuning.config.method == 'lora':
       run.save_adapter(workdir / 'adapter', state)
@@ -113,7 +118,17 @@ def train(
 class _Run:
   """What stays fixed while a run goes on."""
 
-  def __init__(self, config: TrainConfig, parts: ModelParts, mesh: Mesh, writer: MetricsWriter, checkpoints: Checkpoints):
+  def __init__(
+      self,
+      config: TrainConfig,
+      parts: ModelParts,
+      mesh: Mesh,
+      writer: MetricsWriter,
+      checkpoints: Checkpoints,
+      *,
+      workdir: Path,
+      profile_steps: tuple[int, int] | None,
+  ):
     self.config, self.parts, self.mesh, self.writer, self.checkpoints = config, parts, mesh, writer, checkpoints
     self.model = Transformer(config.model)
     self.tuning = Tuning(config.fine_tune)
@@ -127,21 +142,11 @@ class _Run:
     self.frozen: tuple[Params, ...] = ()  # the fourth argument of the step, where there is one
     self.base: Base | None = None  # where the frozen parameters are from
     self.saved_step: int | None = None
-    self.data = self._data_options()
-    self.batches = make_batches(config.data, n_steps=config.n_steps, **self.data)
-
-  def _data_options(self) -> dict[str, Any]:
-    names = [name for stage in self.config.data.stages for name, _ in stage.weights]
-    vocabulary = make_vocabulary(self.config.vocabulary, self.parts.text_tokenizer)
-    rows = host_rows(self.mesh, self.config.data.batch_size)
-    options: dict[str, Any] = {'vocabulary': vocabulary, 'text_tokenizer': self.parts.text_tokenizer, 'rows': rows}
-    if self.parts.vqgan_config is not None:
-      options['encode_images'] = make_encoder(self.parts.vqgan_config, self.parts.vqgan_params)
-      pictures = world_pictures(names)
-      if pictures is not None:
-        self.writer.say(f'encoding {len(pictures):,} pictures')
-        options['codes'] = options['encode_images'](list(pictures))
-    return options
+    self.guard = SpikeGuard(config.spikes)
+    self.profiler = Profiler(workdir, profile_steps, say=writer.say, agree=None if jax.process_count() == 1 else _agreed_number)
+    self.data = data_options(config, parts, mesh, say=writer.say)
+    self.sampler = Sampler(config, parts, data=self.data, writer=writer, workdir=workdir)
+    self.batches = make_batches(config.data, n_steps=config.n_steps, endless=True, **self.data)  # some may be thrown away, see spikes.py
 
   def start(self) -> TrainState:
     """The newest checkpoint, or a fresh state; moves the data to the same place."""
@@ -153,26 +158,34 @@ class _Run:
     if n_shards % n_hosts:
       self.writer.say(f'note: {n_hosts} hosts prepare parts of {n_shards} data shards over again; a multiple of {n_hosts} saves that work')
     self.saved_step = self.checkpoints.intact_step(self.writer.say)
-    key, params = jax.random.fold_in(self.key, 2**31 - 1), None
+    if self.saved_step is None:
+      return self._first_state()
     if self.tuning.freezes:
-      params = self._freeze(key)
-    if self.saved_step is not None:
-      before = self.checkpoints.config(self.saved_step)
-      self._check_base(before.get('base'))
-      for change in _changes(before, self.described()):
-        self.writer.say(f'note: config differs from the checkpoint: {change}')
-      state = self.checkpoints.restore(self.abstract, iterator=self.batches, step=self.saved_step)
-      self.writer.say(f'resumed after step {self.saved_step:,}')
-      return state
-    if self.config.init_from is not None:
-      params = _initial_params(self.config)[0] if params is None else params
-      self.writer.say(f'starting from {self.config.init_from}')
-    return init_state(self.model, self.optimizer, self.mesh, key=key, params=params, tuning=self.tuning)
+      self._freeze()
+    before = self.checkpoints.config(self.saved_step)
+    self._check_base(before.get('base'))
+    for change in config_changes(before, self.described()):
+      self.writer.say(f'note: config differs from the checkpoint: {change}')
+    state = self.checkpoints.restore(self.abstract, iterator=self.batches, step=self.saved_step)
+    self.guard.restore(self.checkpoints.notes(self.saved_step).get('spikes'), step=self.saved_step)
+    self.writer.say(f'resumed after step {self.saved_step:,}')
+    return state
 
-  def _freeze(self, key: Array) -> Params:
+  def _first_state(self) -> TrainState:
+    params = None
+    if self.config.init_from is not None:
+      params = self._freeze() if self.tuning.freezes else initial_params(self.config)[0]
+      self.writer.say(f'starting from {self.config.init_from}')
+    return init_state(self.model, self.optimizer, self.mesh, key=self._first_key, params=params, tuning=self.tuning)
+
+  @property
+  def _first_key(self) -> Array:
+    return jax.random.fold_in(self.key, 2**31 - 1)
+
+  def _freeze(self) -> Params:
     """Reads the weights to start from and puts those that do not train on the devices; returns the others."""
-    params, self.base = _initial_params(self.config)
-    trained, frozen = init_frozen(self.model, self.mesh, params, self.tuning, key=key)
+    params, self.base = initial_params(self.config)
+    trained, frozen = init_frozen(self.model, self.mesh, params, self.tuning, key=self._first_key)
     self.frozen = (frozen,)
     return trained
 
@@ -191,12 +204,10 @@ class _Run:
 
   def steps(self, state: TrainState, last_step: int, deadline: float, *, interruption: Interruption) -> TrainState:
     """Runs up to `last_step`, the deadline or an interruption and saves; logs, evaluates and saves on the way."""
-    config = self.config
-    log = StepLog(self.writer, parts=config.data.batch_size // len(self.data['rows']))
+    config, log = self.config, self._step_log()
     fetch_at_once = self.mesh.devices.flat[0].platform == 'cpu'  # many CPU devices deadlock when steps pile up
     step = int(state.step)
-    previous: Metrics | None = None
-    signal_of_any, stopped_by = Largest(self.mesh), 0
+    signal_of_any, stopped_by, unlogged = Largest(self.mesh), 0, False
     with jax.set_mesh(self.mesh):
       while step < last_step:
         if stopped_by := signal_of_any(interruption.number):
@@ -206,52 +217,72 @@ class _Run:
         batch = next(self.batches)
         arrays = to_devices(batch, self.mesh)
         waited = time.monotonic() - began
+        self.profiler.before(step + 1, look=step % config.log_every == 0)
         state, metrics = self.train_step(state, arrays, self.key, *self.frozen)
         step += 1
-        if fetch_at_once:
-          self._check_finite(metrics, step)
-        elif previous is not None:
-          self._check_finite(previous, step - 1)  # a step behind, so the device never waits for the host
-        previous = metrics
+        self.profiler.after(step, metrics)
+        self.guard.add(step, metrics)
+        measured = metrics.pop('diagnostics', None)
         log.add(metrics, batch, waited)
         logs, evaluates = step % config.log_every == 0, step % config.eval_every == 0
         stops = step >= last_step or ((logs or jax.process_count() == 1) and _agreed(time.monotonic() > deadline))
         saves = stops or step % config.checkpoint.every_steps == 0
-        if logs or evaluates or saves:
-          self._check_finite(metrics, step)
-        if logs or stops:
+        # Without waiting it is a step behind, so that the device need not pause for the host.
+        spike = self._spike_to_leave(wait=fetch_at_once or logs or evaluates or saves)
+        if spike is not None:
+          del state, metrics, measured  # no room for two states
+          state, log = self._rewind(spike), self._step_log()
+          step = int(state.step)
+          continue
+        if measured is not None and step % (config.diagnostics_every or 1) == 0:
+          self.writer.write(step, figures(measured), prefix='diagnostics')
+        unlogged = not (logs or stops)
+        if not unlogged:
           log.write(step, dropped=dropped_documents(self.batches))
         if evaluates or step == config.n_steps:
           with log.pause():
             self._evaluate(state, step)
+            self.sampler.evaluated(step, lambda: self._whole(state))  # noqa: B023 (called at once)
         if saves:
           with log.pause():
             self._save(state, step)
         if stops:
           break
-    if self.saved_step != step:
-      if previous is not None:  # an interruption between two lines of the log
-        self._check_finite(previous, step)
-        if step % config.log_every:
-          log.write(step, dropped=dropped_documents(self.batches))
+    # An interruption between two saves. Right behind a spike it leaves the checkpoint before it, from which the run meets it again.
+    if self.saved_step != step and self._spike_to_leave(wait=True) is None:
+      if unlogged:
+        log.write(step, dropped=dropped_documents(self.batches))
       self._save(state, step)
     self.checkpoints.wait()
     if stopped_by:
-      raise InterruptedRunError(stopped_by, step)
+      raise InterruptedRunError(stopped_by, self.saved_step or 0)
     return state
 
+  def _step_log(self) -> StepLog:
+    return StepLog(self.writer, parts=self.config.data.batch_size // len(self.data['rows']))
+
   def _save(self, state: TrainState, step: int) -> None:
-    self.checkpoints.save(step, state, iterator=self.batches, config=self.described())
+    self.checkpoints.save(step, state, iterator=self.batches, config=self.described(), notes={'spikes': self.guard.books()})
     self.saved_step = step
 
-  def _check_finite(self, metrics: Metrics, step: int) -> None:
-    if float(metrics['finite']) == 1.0:
-      return
-    figures = f'loss {float(metrics["loss"])}, gradient norm {float(metrics["gradient_norm"])}'
+  def _spike_to_leave(self, *, wait: bool) -> Spike | None:
+    """The next spike that the run goes back from; others are said, and a loss that is not finite is raised."""
+    while (spike := self.guard.judge(wait=wait)) is not None and not self.guard.may_rewind:
+      if not spike.finite:
+        self._not_finite(spike)
+      report(spike, self.writer)
+    return spike
+
+  def _rewind(self, spike: Spike) -> TrainState:
+    kept = go_back(self.guard, spike, checkpoints=self.checkpoints, batches=self.batches, writer=self.writer)
+    return self._first_state() if kept is None else self.checkpoints.restore(self.abstract, step=kept)
+
+  def _not_finite(self, spike: Spike) -> None:
+    shown = f'loss {spike.loss}, gradient norm {spike.gradient_norm}'
     kept = self.checkpoints.latest_step()
     advice = 'lower optimizer.learning_rate or lengthen optimizer.warmup_steps'
     where = 'no checkpoint was saved yet' if kept is None else f'the last good checkpoint is step {kept} in {self.checkpoints.directory}'
-    raise NonFiniteLossError(f'step {step}: not finite ({figures}); stopped, {where}; {advice}')
+    raise NonFiniteLossError(f'step {spike.step}: not finite ({shown}); stopped, {where}; {advice}')
 
   def _evaluate(self, state: TrainState, step: int) -> None:
     """Losses on validation documents, of each source by itself and of all of them, always on the same batches."""
@@ -281,7 +312,6 @@ class _Run:
         text_tokenizer=self.parts.text_tokenizer,
     )
 
-
   def _whole(self, state: TrainState) -> Params:
     """All parameters; those that trained beside frozen ones in host memory, in the type that the config says they are kept in."""
     if not self.frozen:
@@ -302,58 +332,6 @@ class _Run:
     self.writer.say(f'adapter: {path} (step {int(state.step)})')
 
 
-def _tokenizers(config: TrainConfig, given: ModelParts | None) -> ModelParts:
-  """The tokenizers of a run, checked against its vocabulary.
-
-  Raises:
-    ConfigError: there are none.
-    CheckpointError: they do not fit the vocabulary.
-  """
-  folder = config.tokenizers or config.init_from
-  if given is None and folder is None:
-    raise ConfigError('no tokenizers: set config.tokenizers to a model folder with a text tokenizer (and an image tokenizer for pictures)')
-  parts = _merged(str(folder)) if given is None else given
-  if parts.text_tokenizer is None:
-    raise ConfigError(f'{folder or "the given tokenizers"} holds no text tokenizer; make one with `chameleon train-text-tokenizer`')
-  mine = ModelParts(
-      vqgan_config=parts.vqgan_config, vqgan_params=parts.vqgan_params, vocabulary=config.vocabulary, text_tokenizer=parts.text_tokenizer
-  )
-  check_fit(mine, where=f'config.vocabulary and {folder or "the given tokenizers"}')
-  return mine
-
-
-def _merged(folders: str) -> ModelParts:
-  """The tokenizers of one folder, or of several separated by commas: each part from the first that has it."""
-  found = [load_tokenizers(folder.strip()) for folder in folders.split(',')]
-  images = next((parts for parts in found if parts.vqgan_config is not None), ModelParts())
-  texts = next((parts for parts in found if parts.text_tokenizer is not None), ModelParts())
-  return ModelParts(vqgan_config=images.vqgan_config, vqgan_params=images.vqgan_params, text_tokenizer=texts.text_tokenizer)
-
-
-def _initial_params(config: TrainConfig) -> tuple[Any, Base]:
-  """The parameters of `config.init_from`, and which they are."""
-  tensors: dict[str, int] = {}
-
-  def note(name: str, values: np.ndarray) -> None:
-    tensors[name] = fingerprint(values)
-
-  watched = {'on_tensor': note} if config.fine_tune.method != 'full' else {}
-  parts = load_for_training(str(config.init_from), scan_layers=config.model.scan_layers, **watched)
-  if parts.transformer_config is None:
-    raise ConfigError(f'config.init_from: {config.init_from} holds no transformer')
-  if parts.vocabulary is not None and parts.vocabulary != config.vocabulary:
-    raise ConfigError(f'config.init_from: {config.init_from} has another vocabulary, {parts.vocabulary}, than config.vocabulary')
-  for name in ('norm_position', 'norm_eps', 'qk_norm', 'qk_norm_eps', 'rope_theta'):
-    theirs, ours = getattr(parts.transformer_config, name), getattr(config.model, name)
-    if theirs != ours:
-      raise ConfigError(f'config.init_from: {config.init_from} was trained with {name} {theirs!r}, config.model.{name} is {ours!r}')
-  return parts.transformer_params, Base(str(config.init_from), tensors)
-
-
-def _size(dtype: np.dtype) -> int:
-  return dtype.itemsize
-
-
 def _agreed(flag: bool) -> bool:
   """The flag of the first host, so that all stop at the same step."""
   if jax.process_count() == 1:
@@ -361,15 +339,17 @@ def _agreed(flag: bool) -> bool:
   return bool(multihost_utils.broadcast_one_to_all(np.asarray(flag)))
 
 
+def _agreed_number(number: int) -> int:
+  """The number of the first host."""
+  return int(multihost_utils.broadcast_one_to_all(np.asarray(number)))
+
+
+def _size(dtype: np.dtype) -> int:
+  return dtype.itemsize
+
+
 def _losses(sums: LossSums) -> dict[str, float]:
   """Nats per token of each modality that was there."""
   found = {'loss_text': float(sums.text_weight), 'loss_image': float(sums.image_weight)}
   metrics: Mapping[str, Array] = sums.metrics()
   return {name: float(metrics[name]) for name, weight in found.items() if weight > 0}
-
-
-def _changes(before: Any, now: Any, key: str = 'config') -> list[str]:
-  """The settings that differ, one line each."""
-  if isinstance(before, dict) and isinstance(now, dict):
-    return [line for name in sorted(before.keys() | now.keys()) for line in _changes(before.get(name), now.get(name), f'{key}.{name}')]
-  return [] if before == now else [f'{key} was {before!r}, is {now!r}']

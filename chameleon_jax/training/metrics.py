@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -105,6 +105,14 @@ class MetricsWriter:
     for name, value in numbers.items():
       if math.isfinite(value):
         self._events.add_scalar(name, value, int(step))
+
+  def show(self, step: int, name: str, *, text: str, pictures: Sequence[np.ndarray] = ()) -> None:
+    """Puts a text, and pictures uint8 [H, W, 3], into TensorBoard."""
+    if not self._active:
+      return
+    self._events.add_text(name, text, int(step))
+    for number, picture in enumerate(pictures, start=1):
+      self._events.add_image(f'{name}/picture_{number}', picture, int(step), dataformats='HWC')
 
   def progress(self, step: int, values: Mapping[str, float], *, note: str = '') -> None:
     """Prints one line on stderr: the step, the values, steps a second over the last lines, and the time left.

@@ -16,13 +16,16 @@ from chameleon_jax.array_types import Array, Params, PyTree
 from chameleon_jax.config import TrainConfig
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.partitioning import batch_sharding, constrain
+from chameleon_jax.training import diagnostics as layers
 from chameleon_jax.training.losses import LossSums, Modalities, effective_weights, next_token_loss
 from chameleon_jax.training.optimizer import make_schedule
 from chameleon_jax.training.state import TrainState, abstract_frozen, state_shardings
 from chameleon_jax.training.trainable import Tuning
 
 Batch = dict[str, Array]  # tokens, targets, loss_weights, segment_ids, positions, each [B, T]
-Metrics = dict[str, Array]
+Metrics = dict[str, PyTree]  # float32 scalars, but for what diagnostics add
+
+_PER_LAYER = 'per_layer'  # the model's diagnostics as they are, [L] each
 
 
 def modalities_of(config: TrainConfig) -> Modalities:
@@ -50,7 +53,7 @@ def _loss_sums(
       modalities=modalities_of(config),
       chunks=config.loss_chunks,
   )
-  return sums, _summary(diagnostics)
+  return sums, _summary(diagnostics) | ({_PER_LAYER: jax.lax.stop_gradient(diagnostics)} if config.diagnostics_every else {})
 
 
 def _summary(diagnostics: Mapping[str, Array]) -> Metrics:
@@ -71,7 +74,8 @@ def make_train_step(
   `metrics['finite']` is 0. The state is donated.
 
   Metrics (float32 scalars): loss, loss_text, loss_image, z (mean log Z), logit_norm, gradient_norm (before
-  clipping), parameter_norm, learning_rate, n_text, n_image (predicted tokens), finite, and the model's diagnostics.
+  clipping), parameter_norm, learning_rate, n_text, n_image (predicted tokens), finite, and the model's diagnostics;
+  with `config.diagnostics_every` also 'diagnostics', what `diagnostics.measure` returns.
 
   Raises:
     ConfigError: the batch size is not a multiple of accumulate_steps times the devices that share a batch.
@@ -123,6 +127,7 @@ def make_train_step(
     updated = TrainState(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     finite = jnp.isfinite(loss) & jnp.isfinite(gradient_norm)
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), updated, state)
+    per_layer = diagnostics.pop(_PER_LAYER, None)
     metrics = {
         'loss': loss,
         **sums.metrics(),
@@ -134,6 +139,10 @@ def make_train_step(
         'finite': finite.astype(jnp.float32),
         **diagnostics,
     }
+    if config.diagnostics_every:
+      metrics['diagnostics'] = layers.measure(
+          gradients=gradients, updates=updates, params=kept.params, sums=sums, z_loss=config.z_loss, per_layer=per_layer
+      )
     return kept, metrics
 
   inputs = (shardings, batch_sharding(mesh), replicated, *_frozen_shardings(model, tuning, mesh))

@@ -19,11 +19,12 @@ def calls(monkeypatch):
 
 def test_flags_reach_the_loop(calls, tmp_path):
   arguments = ['train', CONFIG, f'--workdir={tmp_path}', '--config.optimizer.learning_rate=1e-4', '--stop_after=7', '--max_minutes=1.5']
+  arguments.append('--profile_steps=100:105')
   assert cli.main(arguments) == 0
   ((config, workdir, options),) = calls
   assert config.optimizer.learning_rate == 1e-4
   assert workdir == str(tmp_path)
-  assert options == {'stop_after': 7, 'max_minutes': 1.5}
+  assert options == {'stop_after': 7, 'max_minutes': 1.5, 'profile_steps': (100, 105)}
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,7 @@ def test_flags_reach_the_loop(calls, tmp_path):
         (['train', CONFIG], '--workdir is missing'),
         (['train', '--workdir=x'], 'this command needs --config=FILE'),
         (['train', CONFIG, '--workdir=x', '--config.optimizer.learning_rat=1'], "nearest known key is 'config.optimizer.learning_rate"),
+        (['train', CONFIG, '--workdir=x', '--profile_steps=9:3'], '--profile_steps=9:3: write FIRST:LAST'),
         (['train', CONFIG, '--workdir=x', '--config.data.seq_len=4096'], 'data.seq_len 4096 is longer than model.max_seq_len 512'),
     ],
 )
