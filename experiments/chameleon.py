@@ -21,7 +21,7 @@ Data:      the corpora are not public. The sources named here are those of the p
            text and 4,000 for a page. Of fine-tuning, Table 3's samples: everything is conversations. Put your own sources in their place,
            --config.data.stages.0.weights="(('NAME', WEIGHT), ...)".
 Memory:    float32 masters and moments take 12 bytes a parameter, gradients 4, and 4 more where they are accumulated; all of it is split
-           over fsdp x tensor. With full rematerialisation a row leaves 2 * 4,096 * d_model bytes a layer, 1.1 GB in the 7B and 3.2 GB in the
+           over fsdp x tensor. With full rematerialisation a row leaves 2 * 4,096 * d_model bytes a layer, 1.1 GB in 7B and 3.2 GB in
            34B. Rows at a time are batch / (accumulate * data * fsdp).
 
            | size, machines | mesh (data, fsdp, tensor) | state + gradients | rows at a time |
