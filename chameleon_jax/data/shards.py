@@ -117,7 +117,7 @@ class ShardedBatchesIterator(grain.DatasetIterator):
     for name, before in state['n_documents'].items():
       now = self._n_documents.get(name, before)
       if now != before:
-        raise DataError(f'source {name!r} has {now:,} documents, it had {before:,} when the checkpoint was written; bring the old data back')
+        raise DataError(f'source {name!r} has {now:,} documents, it had {before:,} when the checkpoint was written; bring the old back')
     missing = [number for number in self._shards if str(number) not in state['shards']]
     if missing:
       raise CheckpointError(f'the position of data shard {missing[0]} is not in the checkpoint')
