@@ -16,6 +16,7 @@ compiled programs are kept in a cache. Exit code 0 if all is equal. The run itse
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import os
@@ -98,8 +99,11 @@ def start_life(workdir: pathlib.Path, train: Callable[[pathlib.Path], None]) -> 
 
 def saves_in(workdir: pathlib.Path) -> set[str]:
   """Temporary folders of saves that are being written, or were when their process was killed."""
-  folder = workdir / 'checkpoints'
-  return {f'{path.name} {path.stat().st_ino}' for path in folder.glob('*.orbax-checkpoint-tmp')} if folder.exists() else set()
+  found = set()
+  for path in (workdir / 'checkpoints').glob('*.orbax-checkpoint-tmp'):
+    with contextlib.suppress(FileNotFoundError):  # renamed while we looked
+      found.add(f'{path.name} {path.stat().st_ino}')
+  return found
 
 
 def live(pid: int, workdir: pathlib.Path, rng: random.Random | None, seconds: float) -> Life:
@@ -107,20 +111,14 @@ def live(pid: int, workdir: pathlib.Path, rng: random.Random | None, seconds: fl
   began, aimed = time.monotonic(), rng is not None and rng.random() < AIMED_SHARE
   at = None if rng is None or aimed else began + rng.uniform(0, seconds)
   n_saves, delay = (rng.randint(1, AIMED_SAVES), rng.uniform(0, AIMED_SECONDS)) if rng is not None else (0, 0.0)
-  try:
-    leftovers = saves_in(workdir)
-  except FileNotFoundError:
-    leftovers = set()
+  leftovers = saves_in(workdir)
   seen: set[str] = set()
   while True:
     ended, status = os.waitpid(pid, os.WNOHANG)
     if ended:
       return Life(killed=False, exit_code=os.waitstatus_to_exitcode(status))
     if aimed and at is None:
-      try:
-        seen |= saves_in(workdir) - leftovers
-      except FileNotFoundError:
-        pass  # renamed while we looked
+      seen |= saves_in(workdir) - leftovers
       if len(seen) >= n_saves:
         at = time.monotonic() + delay
     if at is not None and time.monotonic() >= at:

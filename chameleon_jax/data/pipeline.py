@@ -281,7 +281,7 @@ def to_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Array]:
   def join(value: np.ndarray) -> Array:
     size = len(value) // len(pieces)
 
-    def piece(index: tuple[slice, ...]) -> np.ndarray:
+    def piece(index: Any) -> np.ndarray:  # a tuple of slices
       place = pieces.index((index[0].start or 0) // size)
       return value[place * size : (place + 1) * size]
 

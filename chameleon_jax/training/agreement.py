@@ -4,12 +4,17 @@ On one host everything returns at once what it was given. On several the calls a
 order. They go over the devices, as the steps do, so nothing but jax's own programs is needed.
 """
 
+import json
+from collections.abc import Iterable
+from typing import Any
+
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chameleon_jax.array_types import Array
+from chameleon_jax.errors import CheckpointError
 
 
 def gather(text: str) -> list[str]:
@@ -22,6 +27,30 @@ def gather(text: str) -> list[str]:
   padded[: len(encoded)] = encoded
   gathered = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
   return [row[:length].tobytes().decode() for row, length in zip(gathered, lengths)]
+
+
+def joined(states: Iterable[Any]) -> Any:
+  """States of several hosts as one: dictionaries are joined, everything else must agree.
+
+  Example:
+    joined([{'n': 2, 'shards': {'0': 5}}, {'n': 2, 'shards': {'1': 7}}]) == {'n': 2, 'shards': {'0': 5, '1': 7}}
+
+  Raises:
+    CheckpointError: two hosts differ about the same entry.
+  """
+  first, *others = states
+  for other in others:
+    if isinstance(first, dict) and isinstance(other, dict):
+      both = [name for name in first if name in other]
+      first = {**first, **other, **{name: joined((first[name], other[name])) for name in both}}
+    elif first != other:
+      raise CheckpointError(f'hosts disagree about the position in the data ({first!r} and {other!r}); give all of them the same data')
+  return first
+
+
+def joined_state(state: Any) -> Any:
+  """`joined` over all hosts, each of which gives its own JSON-able state."""
+  return joined(json.loads(text) for text in gather(json.dumps(state)))
 
 
 class Largest:

@@ -17,9 +17,7 @@ import logging
 import math
 import os
 import shutil
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -33,14 +31,13 @@ from chameleon_jax.array_types import PyTree
 from chameleon_jax.config import CheckpointConfig
 from chameleon_jax.errors import ChameleonError, CheckpointError
 from chameleon_jax.training import integrity
-from chameleon_jax.training.agreement import gather
+from chameleon_jax.training.agreement import gather, joined_state
 
 FORMAT = 'chameleon_jax.checkpoint.1'  # marks our checkpoints, so that a foreign one is told apart
 
 _BYTES_AT_ONCE = 1 << 27  # of a tree read into host memory
 _STATE, _POSITION, _CONFIG = 'state', 'position', 'config'
 _OLD_POSITION = Path('iterator') / 'process_0-of-1.json'  # of checkpoints from before data shards, written on one host
-_POLL_SECONDS = 0.02
 
 
 def _one_line(error: BaseException) -> str:
@@ -77,9 +74,7 @@ class Checkpoints:
 
   def __init__(self, directory: str | os.PathLike, config: CheckpointConfig = CheckpointConfig(), *, read_only: bool = False):
     self.directory = Path(directory).absolute()
-    self._checksums = config.checksums
-    self._sealing: threading.Thread | None = None
-    self._seal_error: OSError | None = None
+    self._tables = integrity.TableWriter() if config.checksums else None
     try:
       if not read_only:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -123,18 +118,18 @@ class Checkpoints:
         _CONFIG: ocp.args.JsonSave({'format': FORMAT, 'step': step, 'config': config, 'notes': notes or {}}),
     }
     if iterator is not None:
-      items[_POSITION] = ocp.args.JsonSave(_merged(json.loads(text) for text in gather(json.dumps(iterator.get_state()))))
+      items[_POSITION] = ocp.args.JsonSave(joined_state(iterator.get_state()))
     if step in self._manager.all_steps():
       raise CheckpointError(f'step {step} was not saved in {self.directory}: a checkpoint of that step exists')
     with self._errors(f'saving step {step}'):
-      self._finish_sealing()
+      self._finish_table()
       self._manager.check_for_errors()
       saved = self._manager.save(step, args=ocp.args.Composite(**items), force=True)
     if not saved:
       raise CheckpointError(f'step {step} was not saved in {self.directory}: Orbax declined it')
-    if self._checksums:
-      self._sealing = threading.Thread(target=self._seal, args=(step,), name='checksums')
-      self._sealing.start()
+    if self._tables is not None:
+      part, n_parts = jax.process_index(), jax.process_count()
+      self._tables.start(self.directory / str(step), self._manager.is_saving_in_progress, part=part, n_parts=n_parts)
 
   def latest_step(self) -> int | None:
     """The newest complete step, None where there is none."""
@@ -253,7 +248,7 @@ class Checkpoints:
     with self._errors('saving'):
       self._manager.wait_until_finished()
       self._manager.check_for_errors()
-      self._finish_sealing()
+      self._finish_table()
 
   def close(self) -> None:
     """Waits and lets go of the directory.
@@ -267,25 +262,9 @@ class Checkpoints:
       with self._errors('closing'):
         self._manager.close()
 
-  def _seal(self, step: int) -> None:
-    """Adds this host's checksums once the step has its final name; ends where the save failed."""
-    path = self.directory / str(step)
-    while not path.is_dir():
-      if not self._manager.is_saving_in_progress() and not path.is_dir():
-        return
-      time.sleep(_POLL_SECONDS)
-    try:
-      integrity.write_table(path, part=jax.process_index(), n_parts=jax.process_count())
-    except OSError as error:
-      self._seal_error = error
-
-  def _finish_sealing(self) -> None:
-    if self._sealing is not None:
-      self._sealing.join()
-      self._sealing = None
-    error, self._seal_error = self._seal_error, None
-    if error is not None:
-      raise error
+  def _finish_table(self) -> None:
+    if self._tables is not None:
+      self._tables.finish()
 
   def _known_step(self, step: int | None) -> int:
     if step is None:
@@ -421,22 +400,6 @@ def _check_same_shapes(what: str, saved: PyTree, wanted: PyTree) -> None:
       raise CheckpointError(f'{what} holds {name!r}, which the config does not ask for')
     if here[name] != there[name]:
       raise CheckpointError(f'{name!r} has shape {here[name]} in {what}, the config wants {there[name]}')
-
-
-def _merged(positions: Iterable[Any]) -> Any:
-  """The positions of all hosts as one: dictionaries are joined, everything else must agree.
-
-  Raises:
-    CheckpointError: two hosts differ about the same entry.
-  """
-  first, *others = positions
-  for other in others:
-    if isinstance(first, dict) and isinstance(other, dict):
-      both = [name for name in first if name in other]
-      first = {**first, **other, **{name: _merged((first[name], other[name])) for name in both}}
-    elif first != other:
-      raise CheckpointError(f'hosts disagree about the position in the data ({first!r} and {other!r}); give all of them the same data')
-  return first
 
 
 def resolved(config: Any) -> dict[str, Any]:

@@ -12,9 +12,12 @@ Does not know what the files hold.
 import json
 import os
 import pathlib
+import threading
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+_POLL_SECONDS = 0.02
 _PREFIX = 'checksums-'
 _PIECE = 1 << 20  # bytes
 
@@ -48,6 +51,43 @@ def write_table(folder: pathlib.Path, *, part: int = 0, n_parts: int = 1) -> Non
     os.replace(aside, path)
   finally:
     aside.unlink(missing_ok=True)
+
+
+class TableWriter:
+  """Writes the table of a folder in the background, once the folder is there."""
+
+  def __init__(self) -> None:
+    self._thread: threading.Thread | None = None
+    self._error: OSError | None = None
+
+  def start(self, folder: pathlib.Path, is_being_saved: Callable[[], bool], *, part: int, n_parts: int) -> None:
+    """Waits in a thread until `folder` has its name and writes the table; ends where the save ended without it."""
+
+    def work() -> None:
+      while not folder.is_dir():
+        if not is_being_saved() and not folder.is_dir():
+          return
+        time.sleep(_POLL_SECONDS)
+      try:
+        write_table(folder, part=part, n_parts=n_parts)
+      except OSError as error:
+        self._error = error
+
+    self._thread = threading.Thread(target=work, name='checksums')
+    self._thread.start()
+
+  def finish(self) -> None:
+    """Returns when the table is written.
+
+    Raises:
+      OSError: it could not be.
+    """
+    if self._thread is not None:
+      self._thread.join()
+      self._thread = None
+    error, self._error = self._error, None
+    if error is not None:
+      raise error
 
 
 def find_damage(folder: pathlib.Path, *, part: int = 0, n_parts: int = 1) -> str | None:

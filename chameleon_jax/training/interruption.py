@@ -94,7 +94,7 @@ class Interruption:
 
   def _count_down(self, number: int) -> None:
     if not self._left.wait(self._grace_seconds):
-      self._say(f'{signal.Signals(number).name}: not saved within {self._grace_seconds:g} s; stopped, the last complete checkpoint is intact')
+      self._say(f'{signal.Signals(number).name}: not saved within {self._grace_seconds:g} s; stopped, the last checkpoint is intact')
       os._exit(GAVE_UP)
 
   @staticmethod

@@ -16,7 +16,7 @@ from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.tokens.document import Codes, Document, Image, Text
 from chameleon_jax.tokens.render import Rendered, render
 from chameleon_jax.tokens.vocabulary import Vocabulary
-from chameleon_jax.training.checkpoint import _merged
+from chameleon_jax.training.agreement import joined
 
 VOCABULARY = Vocabulary(presets.tiny_vocabulary())
 FIRST_TEXT = VOCABULARY.text_start
@@ -243,7 +243,7 @@ def test_the_number_of_hosts_changes_no_row_and_may_change_on_the_way(shards):
     for _ in range(n_steps):
       assert _equal(_joined(HOSTS[name], [next(iterator) for iterator in iterators]), whole[done])
       done += 1
-    position = _merged(iterator.get_state() for iterator in iterators)
+    position = joined(iterator.get_state() for iterator in iterators)
     assert position['shards'].keys() == {str(shard) for shard in range(shards)}
   assert done == 6
 

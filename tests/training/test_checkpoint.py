@@ -14,7 +14,7 @@ import pytest
 
 from chameleon_jax.config import CheckpointConfig, MeshConfig
 from chameleon_jax.errors import CheckpointError
-from chameleon_jax.training import checkpoint
+from chameleon_jax.training import agreement
 from chameleon_jax.training.checkpoint import Checkpoints, load_tree, resolved, save_tree
 
 STATE = {'params': {'kernel': jnp.arange(6.0).reshape(2, 3), 'half': jnp.ones(4, jnp.bfloat16)}, 'step': jnp.int32(3)}
@@ -208,7 +208,7 @@ def test_the_positions_of_all_hosts_are_saved_as_one(tmp_path, monkeypatch):
       self.state = state
 
   hosts = [{'n': 2, 'shards': {'0': {'at': 5}}}, {'n': 2, 'shards': {'1': {'at': 7}}}]
-  monkeypatch.setattr(checkpoint, 'gather', lambda text: [json.dumps(host) for host in hosts])
+  monkeypatch.setattr(agreement, 'gather', lambda text: [json.dumps(host) for host in hosts])
   with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
     checkpoints.save(1, STATE, iterator=Position(hosts[0]), config={})
     checkpoints.wait()

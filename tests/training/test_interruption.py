@@ -89,7 +89,7 @@ def test_the_process_ends_when_the_grace_is_over_whatever_it_does():
   assert 0.4 < time.monotonic() - began < 10
   assert said.splitlines() == [
       'chameleon: SIGTERM: saving and stopping within 0.5 s',
-      'chameleon: SIGTERM: not saved within 0.5 s; stopped, the last complete checkpoint is intact',
+      'chameleon: SIGTERM: not saved within 0.5 s; stopped, the last checkpoint is intact',
   ]
 
 

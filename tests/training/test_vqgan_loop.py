@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from chameleon_jax.errors import ChameleonError, ConfigError
 from chameleon_jax.interop.native import load_model
 from chameleon_jax.models.vqgan.model import encode_pictures
 from chameleon_jax.training import vqgan_loop
+from chameleon_jax.training.interruption import InterruptedRunError
 from chameleon_jax.training.vqgan_loop import check_finite, train_image_tokenizer
 
 MODEL = VQGANConfig(
@@ -95,6 +98,22 @@ def test_start_from_a_model_folder(tmp_path, idle_steps):
   other = dataclasses.replace(from_folder, model=dataclasses.replace(MODEL, n_codes=16))
   with pytest.raises(ConfigError, match=r'differs from config\.model'):
     train_image_tokenizer(other, tmp_path / 'other', pictures=pictures())
+
+
+def test_sigterm_saves_and_stops(tmp_path, idle_steps, monkeypatch):
+  write = vqgan_loop.MetricsWriter.write
+
+  def write_and_signal(self, step, values, **options):
+    write(self, step, values, **options)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  config = dataclasses.replace(CONFIG, n_steps=2, eval_every=100)
+  with monkeypatch.context() as patch, pytest.raises(InterruptedRunError, match='SIGTERM after step 1; it is saved'):
+    patch.setattr(vqgan_loop.MetricsWriter, 'write', write_and_signal)
+    train_image_tokenizer(config, tmp_path, pictures=pictures())
+  assert not (tmp_path / 'model').exists()
+  assert int(train_image_tokenizer(config, tmp_path, pictures=pictures()).step) == 2
+  assert [line['step'] for line in lines(tmp_path) if 'train/loss' in line] == [1, 2]
 
 
 def test_a_diverging_run_keeps_its_last_checkpoint(tmp_path, idle_steps):
