@@ -45,6 +45,7 @@ def test_every_flag_reaches_the_converter(tmp_path, monkeypatch, capsys):
   assert seen.pop('arguments') == (pathlib.Path('a'), 'b', 'meta')
   assert seen == {
       'tokenizer': 't',
+      'adapter': None,
       'n_shards': 4,
       'dtype': 'float16',
       'decoder': False,
