@@ -1,16 +1,18 @@
 """Draws curves of one or more runs from their metrics.jsonl files into one picture.
 
     python tools/plot_metrics.py --output=curves.png \
-        --panel='Image tokenizer|PSNR (dB)|runs/image_tokenizer/metrics.jsonl|validation/psnr,train/psnr' ...
+        --panel='Image tokenizer|PSNR (dB)|runs/image_tokenizer/metrics.jsonl|validation/psnr,train/psnr' \
+        --panel='Update ratios|update / parameter|runs/pretrain/metrics.jsonl|diagnostics/update_ratio/layer_*' ...
 
 A panel is `title|axis label|metrics file[+more files]|names`; files of runs that follow one another (pre-training,
-then fine-tuning) are joined end to end.
+then fine-tuning) are joined end to end. A `*` in a name stands for anything but a slash, so that one name draws every layer.
 Needs matplotlib (extra `dev`). Does not smooth: what is drawn is what was logged.
 """
 
 import dataclasses
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -66,6 +68,21 @@ def read_curve(files: Sequence[pathlib.Path], name: str) -> tuple[list[int], lis
   return steps, values
 
 
+def matching(files: Sequence[pathlib.Path], pattern: str) -> list[str]:
+  """Names of the metrics that a name with `*` stands for, in order; a name without one stands for itself.
+
+  Raises:
+    ValueError: it stands for nothing in these files.
+  """
+  if '*' not in pattern:
+    return [pattern]
+  names = {name for file in files for line in file.read_text(encoding='utf-8').splitlines() for name in json.loads(line)}
+  found = sorted(name for name in names if re.fullmatch('[^/]*'.join(map(re.escape, pattern.split('*'))), name))
+  if not found:
+    raise ValueError(f'{pattern!r} matches no metric in {", ".join(map(str, files))}')
+  return found
+
+
 def draw(panels: Sequence[Panel], output: pathlib.Path) -> None:
   """Writes the picture; the type follows from the ending of `output`."""
   import matplotlib
@@ -75,7 +92,8 @@ def draw(panels: Sequence[Panel], output: pathlib.Path) -> None:
 
   figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout='constrained')
   for axis, panel in zip(axes[0], panels):
-    for name in panel.names:
+    names = [name for pattern in panel.names for name in matching(panel.files, pattern)]
+    for name in names:
       axis.plot(*read_curve(panel.files, name), label=name, linewidth=1.2)
     axis.set(title=panel.title, xlabel='step', ylabel=panel.label)
     axis.grid(alpha=0.3)

@@ -30,6 +30,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from chameleon_jax.array_types import Params, PyTree
@@ -77,6 +78,16 @@ def model_functions(config: TransformerConfig) -> ModelFunctions:
     return model.apply({'params': params}, hidden, method='unembed')
 
   return ModelFunctions(forward, unembed, jax.jit(functools.partial(init_cache, config), static_argnums=(0, 1)))
+
+
+def _on_host(tree: PyTree) -> PyTree:
+  """Numpy arrays; on several hosts, which then run the same requests in step, all of them get the whole."""
+
+  def fetched(leaf: Any) -> Any:
+    here = leaf.is_fully_addressable or leaf.is_fully_replicated
+    return leaf if here else multihost_utils.process_allgather(leaf, tiled=True)
+
+  return jax.device_get(jax.tree.map(fetched, tree))
 
 
 class Engine:
@@ -231,7 +242,7 @@ class Engine:
       max_steps=MAX_STEPS,
     )
     self._pool.cache = carry.cache
-    state, out, image_length, failed, n_steps = jax.device_get((carry.state, carry.out, carry.image_length, carry.failed, carry.step))
+    state, out, image_length, failed, n_steps = _on_host((carry.state, carry.out, carry.image_length, carry.failed, carry.step))
     self.syncs += 1
     self.steps += int(n_steps)
     for place, row in enumerate(rows):

@@ -33,6 +33,16 @@ def test_a_panel_names_what_is_wrong(tmp_path):
     plot_metrics.Panel.parse(f'title|label|{tmp_path / "none.jsonl"}|loss')
 
 
+def test_a_star_names_every_layer(tmp_path):
+  names = ['d/gradient_norm/layer_00', 'd/gradient_norm/layer_01', 'd/gradient_norm/head', 'd/gradient_norm/norms/layer_00']
+  file = _write(tmp_path / 'a.jsonl', [{'step': 1, names[1]: 1.0, names[2]: 1.0}, {'step': 2, names[0]: 2.0, names[3]: 1.0}])
+  assert plot_metrics.matching([file], 'd/gradient_norm/layer_*') == names[:2]
+  assert plot_metrics.matching([file], 'd/gradient_norm/*') == [names[2], *names[:2]]
+  assert plot_metrics.matching([file], 'd/none') == ['d/none']
+  with pytest.raises(ValueError, match='matches no metric in .*a.jsonl'):
+    plot_metrics.matching([file], 'd/*_ratio')
+
+
 def test_a_picture_is_written(tmp_path):
   pytest.importorskip('matplotlib')
   file = _write(tmp_path / 'a.jsonl', [{'step': 1, 'loss': 3.0}, {'step': 2, 'loss': 2.0}])

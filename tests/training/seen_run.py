@@ -57,7 +57,9 @@ def config(**changes):
   values = {
       'model': presets.tiny_transformer(n_layers=2, vocab_size=512, dropout=0.1),
       'vocabulary': VOCABULARY,
-      'data': DataConfig(stages=(StageConfig(0.5, first), StageConfig(0.5, second)), seq_len=64, batch_size=8, image_noise=0.8, prompt_image_noise=0.3),
+      'data': DataConfig(
+          stages=(StageConfig(0.5, first), StageConfig(0.5, second)), seq_len=64, batch_size=8, image_noise=0.8, prompt_image_noise=0.3
+      ),
       'optimizer': OptimizerConfig(learning_rate=0.01, warmup_steps=2, schedule='cosine', eps=1e-8),
       'image_loss_weight': 0.5,
       'n_steps': 8,
