@@ -20,6 +20,7 @@ import os
 import pathlib
 import shlex
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -37,9 +38,7 @@ from benchmark_protocol import CompileClock, Protocol, Row, alternate, machine, 
 
 from chameleon_jax import presets
 from chameleon_jax.chameleon import shipped_path
-from chameleon_jax.cli.flags import load_config_file
-from chameleon_jax.cli.values import frozen
-from chameleon_jax.config import DataConfig, StageConfig, TrainConfig
+from chameleon_jax.config import DataConfig, StageConfig
 from chameleon_jax.data.encode import prepared
 from chameleon_jax.data.pipeline import make_batches
 from chameleon_jax.data.sources import source as registry
@@ -51,7 +50,6 @@ from chameleon_jax.interop.opening import load_tokenizers
 from chameleon_jax.tokens.document import Codes, Document
 from chameleon_jax.tokens.render import render
 from chameleon_jax.tokens.vocabulary import Vocabulary
-from chameleon_jax.training.loop import train
 from chameleon_jax.training.state import unboxed
 
 FLAGS = flags.FLAGS
@@ -206,7 +204,8 @@ def packing(n_documents: int, n_rows: int, protocol: Protocol) -> Row:
     finally:
       batches.close()
   times = [rate / EATEN for rate in rates]
-  value = f'{spread(times, 0)} x {EATEN:,}: {statistics.median(rates):,.0f} tokens/s without padding; rows {statistics.mean(fills):.0%} full'
+  pace = f'{statistics.median(rates):,.0f} tokens/s without padding; rows {statistics.mean(fills):.0%} full'
+  value = f'{spread(times, 0)} x {EATEN:,}: {pace}'
   return Row(2, '7B, released vocabulary', what, AIMS[2], value, statistics.median(times) >= 50, {'tokens_per_second': rates})
 
 
@@ -215,10 +214,11 @@ def waiting(n_steps: int) -> Row:
   what = f'wait for data, emoji pre-training, steps 21 to {n_steps}'
   if not n_steps:
     return Row(3, 'emoji', what, AIMS[3], 'not measured with --quick', None, {})
-  config = frozen(load_config_file(str(ROOT / 'experiments' / 'emoji_pretrain.py')), TrainConfig)
-  config = dataclasses.replace(config, tokenizers=str(shipped_path('emoji')), log_every=20, eval_every=10**6)
+  changes = {'tokenizers': shipped_path('emoji'), 'log_every': 20, 'eval_every': 10**6}
+  config = [f'--config={ROOT / "experiments" / "emoji_pretrain.py"}', *(f'--config.{key}={value}' for key, value in changes.items())]
   with tempfile.TemporaryDirectory() as folder:
-    train(config, folder, stop_after=n_steps)
+    command = [sys.executable, '-m', 'chameleon_jax.cli.main', 'train', *config, f'--workdir={folder}', f'--stop_after={n_steps}']
+    subprocess.run(command, check=True)
     lines = [json.loads(line) for line in (pathlib.Path(folder) / 'metrics.jsonl').read_text().splitlines()]
   found = {line['step']: line['train/data_wait_fraction'] for line in lines if 'train/data_wait_fraction' in line}
   shares = [share for step, share in found.items() if step > 20]  # the first line has compilation and the first filling in it

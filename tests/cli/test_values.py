@@ -95,7 +95,7 @@ def test_override(path, text, read):
         ('optimizer.learning_rat', '1', "'config.optimizer.learning_rat'; the nearest known key is 'config.optimizer.learning_rate'"),
         ('learning_rate', '1', "unknown key 'config.learning_rate'; the nearest known key is 'config.optimizer.learning_rate'"),
         ('modle.d_model', '1', "unknown key 'config.modle.d_model'; the nearest known key is 'config.model.d_model'"),
-        ('stpes', '1', "unknown key 'config.stpes'; the nearest known key is 'config.n_steps'"),
+        ('n_stpes', '1', "unknown key 'config.n_stpes'; the nearest known key is 'config.n_steps'"),
         ('n_steps', '1.5', "config.n_steps must be int, got '1.5'"),
         ('n_steps', 'many', "config.n_steps must be int, got 'many'"),
         ('optimizer.clip_norm', 'x', "config.optimizer.clip_norm must be float, got 'x'"),
