@@ -27,7 +27,9 @@ def all_hosts(config: Any, **values: Any) -> Iterator[None]:
   Raises:
     HostError: a host is missing, or differs in config or code.
   """
-  from chameleon_jax import hosts  # loads jax
+  import jax
+
+  from chameleon_jax import hosts
 
   place = hosts.find_place(flags.FLAGS.coordinator_address, flags.FLAGS.num_processes, flags.FLAGS.process_id)
   if place is None:
@@ -37,10 +39,13 @@ def all_hosts(config: Any, **values: Any) -> Iterator[None]:
   try:
     yield
   except Exception as error:
-    if hosts.leave():  # all of them failed, probably with the same line
+    absent = hosts.leave()
+    if absent is None:  # all of them failed, probably with the same line
       raise
-    if isinstance(error, ChameleonError):
-      print(f'chameleon: process {place.index}: {" ".join(str(error).split())}', file=sys.stderr, flush=True)
-    else:
+    line = ' '.join(str(error).split())[:300]
+    if isinstance(error, jax.errors.JaxRuntimeError):  # what the devices say when a host is gone
+      line = f'{absent}; this host stopped ({line}); give the same command again on all hosts, the run goes on from its last checkpoint'
+    elif not isinstance(error, ChameleonError):
       traceback.print_exc()
+    print(f'chameleon: process {place.index}: {line}', file=sys.stderr, flush=True)
     os._exit(1)

@@ -59,19 +59,23 @@ def meet(name: str, *, error: Exception | None = None, timeout: float = MEETING_
     raise HostError(verdict)
 
 
-def leave(*, timeout: float = 10.0) -> bool:
-  """Ends this host's part in jax's run after an error; False where the others do not leave too, as they wait for this host.
+def leave(*, timeout: float = 10.0) -> str | None:
+  """Ends this host's part in jax's run after an error.
 
-  Then the only way out is the end of the process without jax's own good-bye, which would wait for them as well.
+  Returns:
+    None where all hosts leave, else who does not: they wait for this one, or are gone. Then the only way out is the end of the
+    process without jax's own good-bye, which would wait for them as well.
   """
   if distributed.global_state.client is None:
-    return True
+    return None
   try:
     meet('leaving', timeout=timeout)
     jax.distributed.shutdown()
-  except Exception:  # a host is missing, or the coordinator is gone: XlaRuntimeError and HostError alike
-    return False
-  return True
+  except HostError as error:
+    return str(error)
+  except Exception:  # the coordinator is gone: XlaRuntimeError and the like
+    return f'{process_names([0], _machines)} is gone'
+  return None
 
 
 def _came(client: Any, key: str) -> dict[int, str]:

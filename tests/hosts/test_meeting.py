@@ -101,4 +101,4 @@ def test_alone_nobody_waits():
   meeting.meet('model folder')
   with pytest.raises(CheckpointError, match='full'):
     meeting.meet('model folder', error=CheckpointError('full'))
-  assert meeting.is_first() and meeting.leave()
+  assert meeting.is_first() and meeting.leave() is None
