@@ -6,6 +6,7 @@
 
 A panel is `title|axis label|metrics file[+more files]|names`; files of runs that follow one another (pre-training,
 then fine-tuning) are joined end to end. A `*` in a name stands for anything but a slash, so that one name draws every layer.
+To compare runs, name each: `title|axis label|NAME=file+file;NAME=file|metric`.
 Needs matplotlib (extra `dev`). Does not smooth: what is drawn is what was logged.
 """
 
@@ -22,16 +23,17 @@ FLAGS = flags.FLAGS
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-  """One chart: names of metrics over the steps of runs that follow one another."""
+  """One chart: names of metrics over the steps of runs that follow one another; or one metric of several runs, each under its name."""
 
   title: str
   label: str
   files: tuple[pathlib.Path, ...]
   names: tuple[str, ...]
+  compared: tuple[tuple[str, tuple[pathlib.Path, ...]], ...] = ()  # (name of a run, its files); then `files` is empty
 
   @classmethod
   def parse(cls, text: str) -> 'Panel':
-    """Reads `title|label|file+file|name,name`.
+    """Reads `title|label|file+file|name,name`, or `title|label|run=file;run=file|name`.
 
     Raises:
       ValueError: the text has another number of parts, or a file is missing.
@@ -39,11 +41,13 @@ class Panel:
     parts = text.split('|')
     if len(parts) != 4:
       raise ValueError(f'panel {text!r} has {len(parts)} parts; write title|axis label|file+file|name,name')
-    files = tuple(pathlib.Path(file) for file in parts[2].split('+'))
-    for file in files:
+    named = [run.partition('=') for run in parts[2].split(';')] if re.match(r'[\w .+-]+=', parts[2]) else []
+    compared = tuple((name, tuple(map(pathlib.Path, joined.split('+')))) for name, _, joined in named)
+    files = () if compared else tuple(pathlib.Path(file) for file in parts[2].split('+'))
+    for file in (*files, *(file for _, each in compared for file in each)):
       if not file.is_file():
         raise ValueError(f'panel {parts[0]!r}: {file} does not exist')
-    return cls(parts[0], parts[1], files, tuple(parts[3].split(',')))
+    return cls(parts[0], parts[1], files, tuple(parts[3].split(',')), compared)
 
 
 def read_curve(files: Sequence[pathlib.Path], name: str) -> tuple[list[int], list[float]]:
@@ -92,9 +96,10 @@ def draw(panels: Sequence[Panel], output: pathlib.Path) -> None:
 
   figure, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.2), squeeze=False, layout='constrained')
   for axis, panel in zip(axes[0], panels):
-    names = [name for pattern in panel.names for name in matching(panel.files, pattern)]
-    for name in names:
-      axis.plot(*read_curve(panel.files, name), label=name, linewidth=1.2)
+    for pattern in panel.names:
+      for run, files in panel.compared or (('', panel.files),):
+        for name in matching(files, pattern):
+          axis.plot(*read_curve(files, name), label=run or name, linewidth=1.2)
     axis.set(title=panel.title, xlabel='step', ylabel=panel.label)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)

@@ -43,6 +43,13 @@ def test_a_star_names_every_layer(tmp_path):
     plot_metrics.matching([file], 'd/*_ratio')
 
 
+def test_a_panel_compares_runs_by_name(tmp_path):
+  files = [_write(tmp_path / f'lr=1{name}.jsonl', [{'step': 1, 'loss': 3.0}]) for name in 'abc']
+  panel = plot_metrics.Panel.parse(f'Loss|nats|no norm={files[0]};base={files[1]}+{files[2]}|loss')
+  assert panel.compared == (('no norm', (files[0],)), ('base', (files[1], files[2]))) and panel.files == ()
+  assert plot_metrics.Panel.parse(f'Loss|nats|{files[0]}|loss').compared == ()
+
+
 def test_a_picture_is_written(tmp_path):
   pytest.importorskip('matplotlib')
   file = _write(tmp_path / 'a.jsonl', [{'step': 1, 'loss': 3.0}, {'step': 2, 'loss': 2.0}])

@@ -26,7 +26,7 @@ from chameleon_jax.interop.native import ModelParts, abstract_vqgan, load_model,
 from chameleon_jax.interop.opening import open_checkpoint
 from chameleon_jax.tokens.document import Document, Image, Text
 from chameleon_jax.tokens.text_json import JsonText
-from chameleon_jax.training import loop
+from chameleon_jax.training import run_inputs
 from chameleon_jax.training.checkpoint import Checkpoints
 from chameleon_jax.training.interruption import InterruptedRunError
 from chameleon_jax.training.loop import NonFiniteLossError, train
@@ -235,7 +235,7 @@ def test_pictures_become_codes_by_the_image_tokenizer(tmp_path, tokenizers, monk
   monkeypatch.setitem(registry.SOURCES, 'pixels', Pixels)
   vqgan = presets.tiny_vqgan()
   encode = lambda pictures: np.zeros((len(pictures), vqgan.n_image_tokens), np.int32)
-  monkeypatch.setattr(loop, 'make_encoder', lambda config, params: encode)
+  monkeypatch.setattr(run_inputs, 'make_encoder', lambda config, params: encode)
   params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), unboxed(abstract_vqgan(vqgan)))
   parts = dataclasses.replace(tokenizers, vqgan_config=vqgan, vqgan_params=params)
   stages = (dataclasses.replace(tiny_run.config().data.stages[0], fraction=1.0, weights=(('pixels', 1.0),)),)
@@ -275,7 +275,7 @@ def test_the_start_must_be_the_same_kind_of_model(tokenizers, tmp_path):
       (dataclasses.replace(parts, vocabulary=dataclasses.replace(tiny_run.VOCABULARY, n_codes=16)), 'another vocabulary'),
   ):
     with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(loop, 'load_for_training', lambda path, scan_layers, given=given: given)
+      patch.setattr(run_inputs, 'load_for_training', lambda path, scan_layers, given=given: given)
       with pytest.raises(ConfigError, match=message):
         train(dataclasses.replace(config, init_from='theirs'), tmp_path / 'run', tokenizers=tokenizers)
 
