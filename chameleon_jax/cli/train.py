@@ -5,6 +5,9 @@
 
 The same command after a kill goes on from the newest checkpoint in the workdir. At the end, and when the run is cut
 short by --stop_after or --max_minutes, workdir/model holds the model with its tokenizers.
+
+SIGTERM and SIGINT (Ctrl-C) finish the step, save a checkpoint and stop within --config.checkpoint.grace_seconds: exit code 143 or 130,
+or 1 where the time was too short. Notices of preemption come as SIGTERM; with Slurm ask for one by `--signal=TERM@120`.
 """
 
 from collections.abc import Sequence
