@@ -39,6 +39,8 @@ def test_picture_grid(changes, downsampling, n_image_tokens):
         (lambda: config.MeshConfig(data=-1, fsdp=-1), 'only one mesh size may be -1'),
         (lambda: config.DataConfig(stages=(config.StageConfig(0.5, (('a', 1.0),)),)), 'sum to 0.5'),
         (lambda: config.StageConfig(0.5, (('a', 0.0),)), 'must be positive'),
+        (lambda: config.DataConfig(batch_size=12, shards=8), 'data.batch_size 12 is not a multiple of data.shards 8'),
+        (lambda: config.CheckpointConfig(every_steps=100, keep_every=250), 'keep_every 250 is not a multiple of .* 100'),
         (lambda: config.SamplingOptions(top_p=0.0), r'top_p must lie in \(0, 1\]'),
         (lambda: config.VQLossConfig(perceptual='lpips'), 'needs lpips_path'),
         (lambda: config.ImageTokenizerTrainConfig(optimizer=config.OptimizerConfig(name='muon')), 'optimizer.name must be adamw'),

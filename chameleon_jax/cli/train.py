@@ -10,6 +10,9 @@ On several hosts the same command runs on each, with a workdir that all of them 
 GKE they find each other; else give --coordinator_address, --num_processes and --process_id (experiments/launch).
 
 --profile_steps=100:105 writes a profiler's trace of these steps to the workdir; `touch WORKDIR/profile` asks a run under way for one.
+
+SIGTERM and SIGINT (Ctrl-C) finish the step, save a checkpoint and stop within --config.checkpoint.grace_seconds: exit code 143 or 130,
+or 1 where the time was too short. Notices of preemption come as SIGTERM; with Slurm ask for one by `--signal=TERM@120`.
 """
 
 from collections.abc import Sequence

@@ -16,6 +16,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from chameleon_jax.array_types import Array
 from chameleon_jax.errors import CheckpointError
 
+_BLOCK = 4096  # bytes; each length of a gathered text is a program of its own
+
 
 def gather(text: str) -> list[str]:
   """The texts of all hosts, in the order of their process numbers; the same list on every host."""
@@ -23,7 +25,7 @@ def gather(text: str) -> list[str]:
     return [text]
   encoded = np.frombuffer(text.encode(), np.uint8)
   lengths = np.asarray(multihost_utils.process_allgather(np.array([len(encoded)], np.int32))).ravel()
-  padded = np.zeros(max(1, lengths.max()), np.uint8)
+  padded = np.zeros(-(-max(1, lengths.max()) // _BLOCK) * _BLOCK, np.uint8)
   padded[: len(encoded)] = encoded
   gathered = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
   return [row[:length].tobytes().decode() for row, length in zip(gathered, lengths)]

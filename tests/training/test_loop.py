@@ -180,7 +180,7 @@ def test_a_stopped_run_goes_on_on_two_hosts_and_one_host_stops_both(whole, stopp
     listener.bind(('127.0.0.1', 0))
     port = listener.getsockname()[1]
   path = os.pathsep.join(path for path in sys.path if path)
-  environment = {**os.environ, 'PYTHONPATH': path, 'XLA_FLAGS': '--xla_force_host_platform_device_count=4'}
+  environment = {**os.environ, 'PYTHONPATH': path, 'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}
   hosts = [
       subprocess.Popen(
           [sys.executable, str(SCRIPT), str(workdir), str(port), str(index), '2', *(['8'] if index else [])],

@@ -1,7 +1,7 @@
 """A run of seconds on a scripted source, for the tests of whole runs and for tools/kill_test.py.
 
-As a script it is one of several processes of a run: `python tiny_run.py WORKDIR PORT INDEX COUNT [TERM_AFTER]`. With TERM_AFTER
-the process sends itself SIGTERM after that step.
+As a script it is one of several processes of a run on four devices: `python tiny_run.py WORKDIR PORT INDEX COUNT [TERM_AFTER]`.
+With TERM_AFTER the process sends itself SIGTERM after that step.
 """
 
 import dataclasses
@@ -129,7 +129,8 @@ def main():
   if term_after:
     signal_after(int(term_after[0]), signal.SIGTERM)
   try:
-    loop.train(elastic_config(), pathlib.Path(workdir), tokenizers=tokenizers())
+    run = dataclasses.replace(elastic_config(), mesh=MeshConfig(data=2, fsdp=2, tensor=1))
+    loop.train(run, pathlib.Path(workdir), tokenizers=tokenizers())
   except loop.InterruptedRunError as error:
     print(f'chameleon: {error}', file=sys.stderr)
     sys.exit(error.exit_code)
