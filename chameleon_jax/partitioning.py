@@ -10,7 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from chameleon_jax.array_types import Array, PyTree
 from chameleon_jax.config import MeshConfig
@@ -63,6 +63,15 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
   return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
+def target_platform() -> str:
+  """Platform ('cpu', 'gpu' or 'tpu') that the program being traced is for: that of the ambient mesh, else of the default device.
+
+  The two differ where a program is compiled ahead of time for devices that are not here.
+  """
+  device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
+  return getattr(device, 'platform', None) or jax.default_backend()
+
+
 def constrain(x: Array, *names: str | None) -> Array:
   """Constrains an activation to the logical axes `names`; does nothing outside a mesh."""
   if jax.sharding.get_abstract_mesh().empty:
@@ -70,7 +79,7 @@ def constrain(x: Array, *names: str | None) -> Array:
   return nn.with_logical_constraint(x, names, rules=RULES, fallback=nn.spmd.RulesFallback.RAISE_ERROR)
 
 
-def shardings_of(abstract: PyTree, mesh: Mesh) -> PyTree:
+def shardings_of(abstract: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
   """Maps a boxed abstract tree (from `jax.eval_shape` of an init) to its shardings, box-free.
 
   Raises:

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'train-image-tokenizer': ('train_image_tokenizer', 'train the VQ-GAN that turns pictures into codes and back'),
     'train-text-tokenizer': ('train_text_tokenizer', 'train the sentencepiece BPE text tokenizer'),
     'train': ('train', 'pre-train or fine-tune the transformer'),
+    'plan': ('plan', 'tell whether a run fits a machine, how fast it goes, and what to change'),
 }
 
 

@@ -11,7 +11,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from chameleon_jax.array_types import Array, Params, PyTree
 from chameleon_jax.errors import CheckpointError
@@ -43,12 +43,12 @@ def _abstract_boxed(model: nn.Module, optimizer: optax.GradientTransformation) -
   return jax.eval_shape(lambda key: _init_boxed(model, optimizer, key), jax.random.key(0))
 
 
-def state_shardings(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh) -> PyTree:
+def state_shardings(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> PyTree:
   """Shardings of every array of the state, in the form of an unboxed `TrainState`."""
   return shardings_of(_abstract_boxed(model, optimizer), mesh)
 
 
-def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
   """Shapes, types and shardings of the state, without an array."""
   plain, shardings = unboxed(_abstract_boxed(model, optimizer)), state_shardings(model, optimizer, mesh)
   return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), plain, shardings)
