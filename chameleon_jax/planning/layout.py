@@ -160,5 +160,5 @@ def decoding_bytes(model: TransformerConfig, layout: Layout) -> int:
 def cache_bytes(model: TransformerConfig, layout: Layout, *, streams: int, slots: int) -> int:
   """Bytes on one device of the sampler's cache: its rows over data and fsdp, its heads over tensor."""
   with use_abstract_mesh(Layout(1, 1, 1).mesh()):
-    cache = jax.eval_shape(lambda: init_cache(model, streams // layout.batch_shards, slots))
+    cache = jax.eval_shape(lambda: jax.tree.leaves(init_cache(model, streams // layout.batch_shards, slots)))
   return bytes_per_device(cache) // layout.tensor

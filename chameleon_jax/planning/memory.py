@@ -60,26 +60,27 @@ class Kept:
   """What the backward pass keeps of a forward pass over whole rows, bytes.
 
   Attributes:
-    layers: of all layers.
+    layer: of one layer.
+    narrow: of one layer, with float32 values counted in the compute type.
     rest: of what has no layer: embedding, angles, last norm.
-    narrow: of all layers, float32 values counted in the compute type.
   """
 
-  layers: int
-  rest: int
+  layer: int
   narrow: int
+  rest: int
 
 
 def kept(model: TransformerConfig, rows: int, length: int) -> Kept:
-  """Traces the transformer of one device's share and counts; every array it keeps grows with the rows or stays."""
-  one, two = _kept(model, 1, length), _kept(model, 2, length)
-  return Kept(*(first + (rows - 1) * (second - first) for first, second in zip(dataclasses.astuple(one), dataclasses.astuple(two))))
+  """Traces the transformer of one device's share on one row and counts; all that is large grows with the rows."""
+  return Kept(*(rows * size for size in dataclasses.astuple(_kept(model, length))))
 
 
 @functools.lru_cache(maxsize=256)
-def _kept(model: TransformerConfig, rows: int, length: int) -> Kept:
+def _kept(model: TransformerConfig, length: int) -> Kept:
+  """Of one row; two layers are enough, since all are alike."""
+  model = dataclasses.replace(model, n_layers=2)
   network = Transformer(model)
-  ids = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+  ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
   key = jax.eval_shape(lambda: jax.random.key(0))
   params = unboxed(boxed_params(dataclasses.replace(model, remat='none')))
 
@@ -94,13 +95,10 @@ def _kept(model: TransformerConfig, rows: int, length: int) -> Kept:
     jaxpr = jax.make_jaxpr(backward)(params, ids, ids, ids, key).jaxpr
   given = set(jaxpr.invars)
   found = [leaf.aval for leaf in jaxpr.outvars if leaf not in given]
-  stacked = [aval for aval in found if aval.shape[:1] == (model.n_layers,)]
-  width = itemsize(model.dtype)
-  return Kept(
-      sum(aval.size * aval.dtype.itemsize for aval in stacked),
-      sum(aval.size * aval.dtype.itemsize for aval in found) - sum(aval.size * aval.dtype.itemsize for aval in stacked),
-      sum(aval.size * min(aval.dtype.itemsize, width) for aval in stacked),
-  )
+  stacked = [aval for aval in found if aval.shape[:1] == (2,)]
+  layers, everything = (sum(aval.size * aval.dtype.itemsize for aval in avals) for avals in (stacked, found))
+  narrow = sum(aval.size * min(aval.dtype.itemsize, itemsize(model.dtype)) for aval in stacked)
+  return Kept(layers // 2, narrow // 2, everything - layers)
 
 
 def train_memory(config: TrainConfig, layout: Layout) -> Memory:
@@ -131,12 +129,12 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
     always['accumulated gradients'] = weights.gradients
   share = share_of_device(model, layout)
   saved = kept(share, rows, length)
-  recomputed = kept(dataclasses.replace(share, remat='none'), rows, length).narrow // model.n_layers
-  products = kept(dataclasses.replace(share, remat='dots'), rows, length).layers // model.n_layers
+  recomputed = kept(dataclasses.replace(share, remat='none'), rows, length).narrow
+  products = kept(dataclasses.replace(share, remat='dots'), rows, length).layer
   sharded = layout.batch_shards > 1
   matrices, table = matmul_weights(model)
   copied = matrices // (layout.fsdp * layout.tensor) * itemsize(model.dtype) if model.dtype != model.param_dtype else 0
-  forward: Parts = {'kept activations': saved.layers, 'compute-type copy of weights': copied}
+  forward: Parts = {'kept activations': saved.layer * model.n_layers, 'compute-type copy of weights': copied}
   logits = rows * (length // config.loss_chunks) * model.vocab_size // layout.tensor * 4
   head = table // layout.tensor
   feed_forward = 3 * model.d_model * share.d_ff

@@ -100,12 +100,13 @@ def plan_train(config: TrainConfig, topology: Topology, *, assumptions: Assumpti
     memory, speed = train_memory(*way), train_speed(way[0], topology, way[1], assumptions)
     return Candidate(*way, _train_settings(*way), memory, speed, memory.peak <= limit)
 
-  before = _train_settings(config, layout)
-  ways = list(_train_ways(config, topology.n_chips))
+  before, room = _train_settings(config, layout), limit * (1 - HEADROOM)
+  # Where weights and moments alone are too much, only the smallest of the policies is worth a look, for the record.
+  ways = [way for way in _train_ways(config, topology.n_chips) if way[0].model.remat == 'full' or weight_bytes(*way).state < room]
   ways.sort(key=lambda way: train_speed(way[0], topology, way[1], assumptions).seconds)
   refused = _refused(config, layout)
   given = None if refused else looked_at((config, layout))
-  best, least = _choose(map(looked_at, ways), before, limit * (1 - HEADROOM))
+  best, least = _choose(map(looked_at, ways), before, room)
   changes = _flags(before, best) if best is not None else _larger_for_training(config, topology, limit)
   return Plan(given, best, least, _reasons(refused, given, best, least, limit), tuple(changes), len(ways))
 
@@ -244,11 +245,12 @@ def _too_much(name: str, candidate: Candidate, limit: float) -> str:
 
 def _larger_for_training(config: TrainConfig, topology: Topology, limit: float) -> list[str]:
   """The next larger machine of the same chip that some setting fits, with at least a row a device."""
+  room = limit * (1 - HEADROOM)
   for larger in larger_topologies(topology):
     rows = math.lcm(config.data.batch_size, larger.n_chips)
     grown = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
-    ways = (way for way in _train_ways(grown, larger.n_chips) if weight_bytes(*way).state < limit * (1 - HEADROOM))
-    if any(train_memory(*way).peak <= limit * (1 - HEADROOM) for way in ways):
+    ways = (way for way in _train_ways(grown, larger.n_chips) if way[0].model.remat == 'full')
+    if any(weight_bytes(*way).state < room and train_memory(*way).peak <= room for way in ways):
       return [f'more chips: {larger.name} fits, with data.batch_size {rows}']
   return ['no number of these chips that is on offer fits: shorten data.seq_len, or take a chip with more memory']
 
