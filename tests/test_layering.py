@@ -34,6 +34,7 @@ LEVELS: dict[str, tuple[int, str]] = {
     'training.vqgan_loop': (6, 'training'),
     'serving': (6, 'serving'),
     'chameleon': (6, 'chameleon'),
+    'planning': (6, 'planning'),
     'cli': (7, 'cli'),
     'tools': (7, 'tools'),
     'experiments': (8, 'experiments'),  # above cli, for cli.flags alone

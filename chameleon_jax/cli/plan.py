@@ -104,7 +104,7 @@ def _config(n_chips: int) -> tuple[TrainConfig, str]:
   if (flags.FLAGS.size is None) == (flag.value is None):
     raise ConfigError('give either --config=FILE, an experiment file, or --size=7b|34b')
   if flags.FLAGS.size is None:
-    return get_config(), flag.value
+    return get_config(), str(flag.value)
   model = {'7b': presets.chameleon_7b, '34b': presets.chameleon_34b}[flags.FLAGS.size]()
   data = DataConfig(batch_size=n_chips)
   flag.default_config = TrainConfig(model=model, vocabulary=presets.released_vocabulary(), data=data, loss_chunks=16)

@@ -106,7 +106,7 @@ def compile_train_step(config: TrainConfig, topology: Topology) -> Verdict:
 @contextlib.contextmanager
 def _caching_off() -> Any:
   """The persistent cache cannot hold programs for devices that are not here."""
-  before = jax.config.jax_enable_compilation_cache
+  before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
   jax.config.update('jax_enable_compilation_cache', False)
   try:
     yield

@@ -65,7 +65,12 @@ class Report:
     plan = self.plan
     return {
       'title': self.title,
-      'topology': {'name': self.topology.name, 'chip': self.topology.chip.name, 'n_chips': self.topology.n_chips, 'memory': self.topology.memory},
+      'topology': {
+        'name': self.topology.name,
+        'chip': self.topology.chip.name,
+        'n_chips': self.topology.n_chips,
+        'memory': self.topology.memory,
+      },
       'limit': self.limit,
       'fits': self.fits,
       'candidates': {

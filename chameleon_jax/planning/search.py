@@ -203,7 +203,7 @@ def _choose(candidates: Iterable[Candidate], before: Settings, room: float) -> t
 
 
 def _first(items: Iterable[Topology]) -> list[Topology]:
-  return list(item for item, _ in zip(items, range(1)))
+  return [item for item, _ in zip(items, range(1))]
 
 
 def _mesh_settings(layout: Layout) -> Settings:

@@ -47,8 +47,8 @@ class Assumptions:
     chip = topology.chip
     rates = f'{chip.flops / 1e12:.0f} TFLOP/s, memory {chip.hbm / 1e9:,.0f} GB/s, links {chip.link / 1e9:.0f} GB/s one way'
     shares = (
-      f'products reach {self.efficiency_on(topology):.0%} of that (--efficiency), collectives {self.link_efficiency:.0%} (--link_efficiency), '
-      f'decoding {self.hbm_efficiency:.0%} of the memory rate (--hbm_efficiency)'
+      f'products reach {self.efficiency_on(topology):.0%} of that (--efficiency), collectives {self.link_efficiency:.0%} '
+      f'(--link_efficiency), decoding {self.hbm_efficiency:.0%} of the memory rate (--hbm_efficiency)'
     )
     memory = f'{memory_fraction:.0%} of the memory is used (--memory_fraction)'
     if chip.kind == 'gpu':
@@ -131,8 +131,8 @@ def train_speed(config: TrainConfig, topology: Topology, layout: Layout, assumpt
   update = 2 * weight_bytes(config, layout).state / chip.hbm
   seconds = n_micro * (max(compute, gathers + exchange) + tensor) + update
   parts = {
-    **{'compute': n_micro * compute, 'weight gathers': n_micro * gathers, 'gradient exchange': n_micro * exchange},
-    **{'tensor collectives': n_micro * tensor, 'update': update},
+    'compute': n_micro * compute, 'weight gathers': n_micro * gathers, 'gradient exchange': n_micro * exchange,
+    'tensor collectives': n_micro * tensor, 'update': update,
   }
   mfu = model_flops(config.model, length) * tokens / seconds / (topology.n_chips * chip.flops)
   return Speed(seconds, tokens / seconds, mfu, parts, max(parts, key=lambda name: parts[name]))
