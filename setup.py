@@ -45,6 +45,7 @@ setup(
     extras_require={
         'cuda': [JAX.replace('jax', 'jax[cuda12]', 1)],
         'tpu': [JAX.replace('jax', 'jax[tpu]', 1)],
+        'tpu-aot': [JAX.replace('jax', 'jax[tpu]', 1)],  # libtpu of this jax, for `chameleon plan --compile` where there is no TPU
         'serve': [],  # nothing beyond the core; the name is kept so that install lines stay valid
         'eval': [],  # the same
         'parity': ['torch==2.13.0', 'transformers>=5.17,<6', 'safetensors>=0.5'],  # for tests against other implementations

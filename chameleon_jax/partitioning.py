@@ -79,6 +79,15 @@ def _fitting_size(sizes: list[int], n_devices: int) -> str:
   return 'set config.mesh'
 
 
+def target_platform() -> str:
+  """Platform ('cpu', 'gpu' or 'tpu') that the program being traced is for: that of the ambient mesh, else of the default device.
+
+  The two differ where a program is compiled ahead of time for devices that are not here.
+  """
+  device = getattr(jax.sharding.get_abstract_mesh(), 'abstract_device', None)
+  return getattr(device, 'platform', None) or jax.default_backend()
+
+
 def constrain(x: Array, *names: str | None) -> Array:
   """Constrains an activation to the logical axes `names`; does nothing outside a mesh."""
   if jax.sharding.get_abstract_mesh().empty:

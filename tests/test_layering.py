@@ -39,6 +39,7 @@ LEVELS: dict[str, tuple[int, str]] = {
     'training.row_page': (6, 'training'),
     'serving': (6, 'serving'),
     'chameleon': (6, 'chameleon'),
+    'planning': (6, 'planning'),
     'cli': (7, 'cli'),
     'tools': (7, 'tools'),
     'experiments': (8, 'experiments'),  # above cli, for cli.flags alone

@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'tokenize': ('tokenize', 'turn a data set into shards of codes and text'),
     'train': ('train', 'pre-train or fine-tune the transformer'),
     'peek': ('peek', 'show what a step of a training run saw, as a page'),
+    'plan': ('plan', 'tell whether a run fits a machine, how fast it goes, and what to change'),
 }
 
 

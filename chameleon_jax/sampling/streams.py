@@ -29,7 +29,7 @@ from chameleon_jax.sampling import loop
 MakeCache: TypeAlias = Callable[[int, int], PyTree]  # (streams, slots) -> empty cache of arrays [R, K, S, H]
 
 MIN_SLOTS = 32
-_FILL_ROWS = 16
+FILL_ROWS = 16
 
 
 def power_of_two(n: int, *, smallest: int = 1) -> int:
@@ -191,8 +191,8 @@ class StreamPool:
       n = len(stream.pending)
       groups.setdefault(min(max(2 * power_of_four(-(-n // 2)), MIN_SLOTS), self._piece), []).append(stream)
     for width, group in sorted(groups.items()):
-      for start in range(0, len(group), _FILL_ROWS):
-        self._fill_group(params, group[start : start + _FILL_ROWS], width)
+      for start in range(0, len(group), FILL_ROWS):
+        self._fill_group(params, group[start : start + FILL_ROWS], width)
     return any(len(stream.pending) for stream in waiting)
 
   def _fill_group(self, params: Params, group: list[Stream], width: int) -> None:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from chameleon_jax.array_types import Array, Params, PyTree
 from chameleon_jax.errors import CheckpointError
-from chameleon_jax.partitioning import place, shardings_of
+from chameleon_jax.partitioning import AnyMesh, place, shardings_of
 from chameleon_jax.training.trainable import FULL, Tuning
 
 
@@ -49,22 +49,22 @@ def _frozen_boxed(model: nn.Module, tuning: Tuning) -> PyTree:
   return jax.eval_shape(lambda key: tuning.split(model.init(key, jnp.zeros((1, 2), jnp.int32))['params'], key)[1], jax.random.key(0))
 
 
-def state_shardings(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, tuning: Tuning = FULL) -> PyTree:
+def state_shardings(model: nn.Module, optimizer: optax.GradientTransformation, mesh: AnyMesh, tuning: Tuning = FULL) -> PyTree:
   """Shardings of every array of the state, in the form of an unboxed `TrainState`."""
   return shardings_of(_abstract_boxed(model, optimizer, tuning), mesh)
 
 
-def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, mesh: Mesh, tuning: Tuning = FULL) -> TrainState:
+def abstract_state(model: nn.Module, optimizer: optax.GradientTransformation, mesh: AnyMesh, tuning: Tuning = FULL) -> TrainState:
   """Shapes, types and shardings of the state, without an array."""
   return _with_shardings(_abstract_boxed(model, optimizer, tuning), mesh)
 
 
-def abstract_frozen(model: nn.Module, mesh: Mesh, tuning: Tuning) -> Params | None:
+def abstract_frozen(model: nn.Module, mesh: AnyMesh, tuning: Tuning) -> Params | None:
   """Shapes, types and shardings of the parameters that do not train, None where all do."""
   return _with_shardings(_frozen_boxed(model, tuning), mesh)
 
 
-def _with_shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
+def _with_shardings(boxed: PyTree, mesh: AnyMesh) -> PyTree:
   plain, shardings = unboxed(boxed), shardings_of(boxed, mesh)
   return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), plain, shardings)
 

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from chameleon_jax.array_types import Array, Mask, Positions, SegmentIds
 from chameleon_jax.config import Dtype
 from chameleon_jax.models.transformer.blockwise import attend_blockwise
+from chameleon_jax.partitioning import target_platform
 
 
 def segment_mask(segment_ids: SegmentIds) -> Mask:
@@ -72,7 +73,7 @@ def attend_rows(
   elsewhere fewer and larger products are.
   """
   batch, length, n_heads, d_head = q.shape
-  block = 64 if jax.default_backend() == 'cpu' else 512
+  block = 64 if target_platform() == 'cpu' else 512
   if length <= block:
     return attend(q, k, v, causal_mask(length) if segment_ids is None else segment_mask(segment_ids), dtype=dtype)
   if segment_ids is None:

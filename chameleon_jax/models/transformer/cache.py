@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from chameleon_jax.array_types import Array, Positions
 from chameleon_jax.config import Dtype, TransformerConfig
-from chameleon_jax.partitioning import constrain
+from chameleon_jax.partitioning import constrain, target_platform
 
 LayerCache = tuple[Array, Array]  # k and v of one layer, [B, K, S, H]
 
@@ -52,7 +52,7 @@ def init_cache(config: TransformerConfig, batch: int, length: int, dtype: Dtype 
   at every update inside a loop there.
   """
   if dtype is None:
-    dtype = 'float32' if jax.default_backend() == 'cpu' else config.dtype
+    dtype = 'float32' if target_platform() == 'cpu' else config.dtype
   shape = (batch, config.n_kv_heads, length, config.d_head)
 
   def empty() -> Array:

@@ -20,6 +20,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from chameleon_jax.array_types import Array
 from chameleon_jax.config import Dtype
+from chameleon_jax.partitioning import target_platform
 
 PROJECTION = 'projection'  # name of every result of `linear` for rematerialisation policies
 
@@ -65,7 +66,7 @@ def _contract(ndim: int, dims: int) -> lax.DotDimensionNumbers:
 def _on_one_cpu() -> bool:
   """Whether this trace is for a single CPU device, where the layout of an operand decides the speed."""
   mesh = jax.sharding.get_abstract_mesh()
-  return jax.default_backend() == 'cpu' and (mesh.empty or mesh.size == 1)
+  return target_platform() == 'cpu' and (mesh.empty or mesh.size == 1)
 
 
 def _product(x: Array, kernel: Array, dims: int) -> Array:

@@ -1,0 +1,97 @@
+"""planning/memory.py: what is kept against closed forms, and the worst moment against the TPU compiler's recorded peaks."""
+
+import dataclasses
+
+import pytest
+
+from chameleon_jax import presets
+from chameleon_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from chameleon_jax.planning.layout import Layout
+from chameleon_jax.planning.memory import kept, sample_memory, share_of_device, train_memory
+from chameleon_jax.planning.speed import Requests
+from chameleon_jax.planning.topologies import GIB
+
+T = 4096
+
+
+def run(size, rows, *, accumulate=1, chunks=16, **model):
+  sizes = {'7b': presets.chameleon_7b, '34b': presets.chameleon_34b}
+  return TrainConfig(
+    model=dataclasses.replace(sizes[size](), **model),
+    vocabulary=presets.released_vocabulary(),
+    data=DataConfig(batch_size=rows),
+    optimizer=OptimizerConfig(accumulate_steps=accumulate),
+    loss_chunks=chunks,
+    mesh=MeshConfig(),
+  )
+
+
+def test_full_rematerialisation_keeps_the_residual_stream_and_nothing_else():
+  found = kept(presets.chameleon_7b(), 3, T)
+  stream = 3 * T * 4096 * 2
+  assert stream <= found.layer < stream * 1.001  # and the keys of dropout
+
+
+def test_products_kept_by_dots():
+  """bfloat16 stream, q, k, v, attention's output, gate and up; attention's float32 sums and log-sums."""
+  found = kept(dataclasses.replace(presets.chameleon_7b(), remat='dots'), 1, T)
+  bf16 = T * (5 * 4096 + 2 * 11_008) * 2
+  assert bf16 + T * 4096 * 4 + T * 32 * 4 <= found.layer < 1.001 * (bf16 + T * 4096 * 4 + T * 32 * 4)
+
+
+def test_tensor_axis_cuts_heads_and_inner_width_but_not_the_stream():
+  share = share_of_device(dataclasses.replace(presets.chameleon_34b(), remat='dots'), Layout(1, 8, 4))
+  bf16 = T * (3 * 8192 + (2 * 64 * 128 + 2 * 2 * 8 * 128) // 8 + 2 * 22_016 // 4) * 2
+  assert (share.n_heads, share.n_kv_heads, share.d_ff) == (16, 2, 5504)
+  assert kept(share, 1, T).layer == pytest.approx(bf16 + T * 64 * 128 // 4 * 4 + T * 16 * 4, rel=0.01)
+
+
+# Peaks of the TPU compiler (libtpu 0.0.42.1, jax 0.10.2) for make_train_step, GiB; experiments/README.md repeats them.
+COMPILED = [
+  ('7b', Layout(1, 16, 1), {'rows': 16}, 9.585),
+  ('34b', Layout(1, 64, 1), {'rows': 64}, 14.575),
+  ('34b', Layout(1, 16, 1), {'rows': 16}, 41.299),
+  ('7b', Layout(1, 16, 4), {'rows': 64}, 7.463),
+  ('7b', Layout(1, 8, 1), {'rows': 32}, 22.623),
+  ('34b', Layout(1, 32, 4), {'rows': 64}, 12.164),
+  ('7b', Layout(1, 16, 1), {'rows': 32, 'accumulate': 2}, 11.221),
+  ('7b', Layout(1, 8, 1), {'rows': 8, 'remat': 'dots'}, 27.717),
+  ('7b', Layout(1, 8, 1), {'rows': 8, 'remat': 'none'}, 64.457),
+  ('7b', Layout(2, 8, 1), {'rows': 16}, 16.478),
+  ('34b', Layout(1, 16, 2), {'rows': 32}, 26.153),
+]
+
+
+@pytest.mark.parametrize(('size', 'layout', 'options', 'peak'), COMPILED)
+def test_the_peak_is_within_ten_per_cent_of_the_compilers(size, layout, options, peak):
+  assert train_memory(run(size, **options), layout).peak / GIB == pytest.approx(peak, rel=0.10)
+
+
+def test_parts_add_up_and_the_worst_moment_is_the_largest():
+  memory = train_memory(run('7b', 16), Layout(1, 16, 1))
+  sums = {name: sum(parts.values()) for name, parts in memory.moments.items()}
+  assert memory.peak == max(sums.values()) == sums[memory.worst] == sum(memory.parts.values())
+
+
+def test_accumulation_trades_activations_for_a_second_set_of_gradients():
+  once, twice = (train_memory(run('7b', 32, accumulate=n), Layout(1, 16, 1)) for n in (1, 2))
+  assert 2 * twice.parts['kept activations'] == once.parts['kept activations']
+  assert twice.parts['accumulated gradients'] == twice.parts['gradients'] == once.parts['gradients']
+  assert 'accumulated gradients' not in once.parts
+
+
+def test_chunks_divide_the_logits():
+  one, four = (train_memory(run('7b', 16, chunks=n), Layout(1, 16, 1)).moments['loss']['logits'] for n in (1, 4))
+  assert one == 4 * four == 2 * T * 65_536 * 4
+
+
+def test_a_guided_request_takes_three_streams():
+  model, layout = presets.chameleon_34b(), Layout(1, 1, 8)
+  plain, guided = (sample_memory(model, Requests(8, 4096, guided), layout).moments['decode'] for guided in (False, True))
+  assert guided['cache'] == 4 * plain['cache'] == 2 * 48 * 32 * 4096 * 128 * 2  # 24 streams, in a cache of 32
+  assert guided['weights'] == plain['weights']
+
+
+def test_slots_are_a_power_of_two_and_never_beyond_the_context():
+  model = presets.chameleon_7b()
+  assert [Requests(1, n).slots(model) for n in (1, 33, 1025, 4096)] == [32, 64, 2048, 4096]
