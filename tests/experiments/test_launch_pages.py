@@ -47,7 +47,9 @@ def _run_page(script, folder, seconds):
       'PYTHONPATH': os.pathsep.join([str(ROOT), *filter(None, sys.path)]),
       'PORT': _free_port(),
   }
-  environment.pop('XLA_FLAGS', None)
+  # Only process 0 fills jax's cache of programs: with it the processes would reach their first exchange far apart, and Gloo waits 30 s.
+  for name in ('XLA_FLAGS', 'JAX_COMPILATION_CACHE_DIR'):
+    environment.pop(name, None)
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   process = subprocess.Popen(['bash', '-eu', '-c', script], cwd=folder, env=environment, start_new_session=True, **pipes)
   try:
