@@ -48,6 +48,7 @@ setup(
         'serve': [],  # nothing beyond the core; the name is kept so that install lines stay valid
         'eval': [],  # the same
         'parity': ['torch==2.13.0', 'transformers>=5.17,<6', 'safetensors>=0.5'],  # for tests against other implementations
+        'beam': ['apache-beam>=2.70,<3'],  # `chameleon tokenize` on a cluster
         'dev': [
             'pytest>=8',
             'ruff>=0.9',

@@ -53,6 +53,8 @@ NEVER: dict[str, tuple[str, ...]] = {
 FENCES: dict[str, tuple[str, ...]] = {
     'grain': ('data', 'training.checkpoint'),
     'array_record': ('data',),
+    'tensorflow_datasets': ('data.sources.tfds',),
+    'apache_beam': ('data.tokenize_beam',),
     'orbax': ('training.checkpoint',),
     'absl.flags': ('cli',),
     'absl.app': ('cli',),

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     'verify': ('verify', 'compare two checkpoints, or one with golden values, and name what differs'),
     'train-image-tokenizer': ('train_image_tokenizer', 'train the VQ-GAN that turns pictures into codes and back'),
     'train-text-tokenizer': ('train_text_tokenizer', 'train the sentencepiece BPE text tokenizer'),
+    'tokenize': ('tokenize', 'turn a data set into shards of codes and text'),
     'train': ('train', 'pre-train or fine-tune the transformer'),
 }
 

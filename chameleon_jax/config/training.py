@@ -206,6 +206,7 @@ class DataConfig:
   ones in the input, never in the targets. 0, as in the paper, for large data; where pictures recur often, it keeps the
   network from telling a picture by its first codes instead of by the words before it. `prompt_image_noise` is the same
   for image tokens without loss: pictures a prompt gives, which the network must read as they are.
+  `changed`: what a resumed run does when a source no longer holds what it held.
   """
 
   stages: tuple[StageConfig, ...] = ()
@@ -217,6 +218,7 @@ class DataConfig:
   prompt_image_noise: float = 0.0
   read_threads: int = 0  # 16 reader threads are slower than none on small hosts
   prefetch: int = 2
+  changed: Literal['stop', 'accept'] = 'stop'
 
   def __post_init__(self):
     require_positive(self, 'seq_len', 'batch_size', 'packing_bins')

@@ -27,6 +27,7 @@ from jax.sharding import Mesh
 from chameleon_jax.array_types import Array
 from chameleon_jax.config import DataConfig, StageConfig
 from chameleon_jax.data.packing import Limits, PackedRows, Row, fit
+from chameleon_jax.data.sources.fingerprint import check_same, fingerprint
 from chameleon_jax.data.sources.source import DocumentSource, make_source
 from chameleon_jax.errors import ConfigError, DataError
 from chameleon_jax.partitioning import batch_sharding
@@ -95,8 +96,11 @@ class RenderDocument:
     self._image_noise, self._prompt_image_noise = image_noise, prompt_image_noise
 
   def __call__(self, index: int, rng: np.random.Generator) -> Rendered | None:
-    document = self._source.document(int(index), rng)
-    rendered = fit(render(document, self._vocabulary, self._text_tokenizer, encode_images=self._encode_images), self._limits)
+    if getattr(self._source, 'has_pieces', False):  # tokenized before, by the tokenizers of this run
+      rendered = fit(self._source.rendered(int(index)), self._limits)  # type: ignore[attr-defined]
+    else:
+      document = self._source.document(int(index), rng)
+      rendered = fit(render(document, self._vocabulary, self._text_tokenizer, encode_images=self._encode_images), self._limits)
     if rendered is None or self._image_noise == self._prompt_image_noise == 0:
       return rendered
     return with_noise(rendered, self._vocabulary, rng, answers=self._image_noise, prompts=self._prompt_image_noise)
@@ -117,22 +121,27 @@ def stage_ends(stages: Sequence[StageConfig], n_steps: int) -> list[int]:
 
 
 class StagedBatches(grain.IterDataset):
-  """Batches of stage 0 up to its last step, then those of stage 1, and so on; ends after the last stage."""
+  """Batches of stage 0 up to its last step, then those of stage 1, and so on; ends after the last stage.
 
-  def __init__(self, stages: Sequence[grain.IterDataset], ends: Sequence[int]):
+  The saved state names what the sources held (`fingerprints`, source -> `fingerprint`); one that was saved with other data is refused.
+  """
+
+  def __init__(self, stages: Sequence[grain.IterDataset], ends: Sequence[int], *, fingerprints: Mapping[str, Any], accept_changed: bool):
     super().__init__(tuple(stages))
-    self._ends = tuple(ends)
+    self._ends, self._fingerprints, self._accept_changed = tuple(ends), dict(fingerprints), accept_changed
 
   def __iter__(self) -> 'StagedBatchesIterator':
-    return StagedBatchesIterator([stage.__iter__() for stage in self._parents], self._ends)
+    stages = [stage.__iter__() for stage in self._parents]
+    return StagedBatchesIterator(stages, self._ends, fingerprints=self._fingerprints, accept_changed=self._accept_changed)
 
 
 class StagedBatchesIterator(grain.DatasetIterator):
   """Iterator of `StagedBatches`."""
 
-  def __init__(self, stages: Sequence[grain.DatasetIterator], ends: Sequence[int]):
+  def __init__(self, stages: Sequence[grain.DatasetIterator], ends: Sequence[int], *, fingerprints: dict[str, Any], accept_changed: bool):
     super().__init__(tuple(stages))
     self._stages, self._ends, self._step = tuple(stages), tuple(ends), 0
+    self._fingerprints, self._accept_changed = fingerprints, accept_changed
 
   def _stage(self) -> int:
     return next((stage for stage, end in enumerate(self._ends) if self._step < end), len(self._ends) - 1)
@@ -145,9 +154,11 @@ class StagedBatchesIterator(grain.DatasetIterator):
     return batch
 
   def get_state(self) -> dict[str, Any]:
-    return {'step': self._step, 'stage': self._stages[self._stage()].get_state()}
+    return {'step': self._step, 'stage': self._stages[self._stage()].get_state(), 'sources': self._fingerprints}
 
   def set_state(self, state: Mapping[str, Any]) -> None:
+    if not self._accept_changed:
+      check_same(state.get('sources', {}), self._fingerprints)
     self._step = state['step']
     self._stages[self._stage()].set_state(state['stage'])
 
@@ -184,7 +195,7 @@ def make_batches(
 
   Raises:
     ConfigError: no stages, or the batch does not split over the hosts.
-    DataError: a source is unknown or empty.
+    DataError: a source is unknown, empty, damaged, or was tokenized for other tokenizers. `set_state` raises it for data that changed.
   """
   index, count = (jax.process_index(), jax.process_count()) if process is None else process
   if not config.stages:
@@ -194,7 +205,7 @@ def make_batches(
   limits = Limits(config.seq_len, vocabulary.begin_image, vocabulary.end_image, vocabulary.pad)
   cached = CachedText(text_tokenizer)
   names = dict.fromkeys(name for stage in config.stages for name, _ in stage.weights)
-  sources = {name: make_source(name, split, codes=codes) for name in names}
+  sources = {name: _fitted(make_source(name, split, codes=codes), vocabulary, text_tokenizer, encode_images) for name in names}
   read_options = grain.ReadOptions(num_threads=config.read_threads, prefetch_buffer_size=8 * config.read_threads)
 
   def documents(name: str, number: int) -> grain.MapDataset:
@@ -213,10 +224,17 @@ def make_batches(
     return rows.batch(config.batch_size // count, drop_remainder=True)
 
   stages = [batches(stage, number) for number, stage in enumerate(config.stages)]
-  staged = StagedBatches(stages, stage_ends(config.stages, n_steps))
+  held = {name: fingerprint(source) for name, source in sources.items()}
+  staged = StagedBatches(stages, stage_ends(config.stages, n_steps), fingerprints=held, accept_changed=config.changed == 'accept')
   if config.prefetch:
     return iter(grain.experimental.ThreadPrefetchIterDataset(staged, prefetch_buffer_size=config.prefetch))
   return iter(staged)
+
+
+def _fitted(source: DocumentSource, vocabulary: Vocabulary, text_tokenizer: TextTokenizer, encode_images: EncodeImages | None) -> Any:
+  """The source, checked against the run where it was made with tokenizers of its own (`TokenizedDocuments.fitted`)."""
+  fitted = getattr(source, 'fitted', None)
+  return source if fitted is None else fitted(vocabulary, text_tokenizer, getattr(encode_images, 'fingerprint', None))
 
 
 def dropped_documents(iterator: grain.DatasetIterator) -> int:

@@ -1,5 +1,6 @@
 """The input pipeline: mixture, stages, packing, hosts, and resuming at any step."""
 
+import dataclasses
 import json
 
 import jax
@@ -13,7 +14,7 @@ from chameleon_jax.data.sources import source as registry
 from chameleon_jax.errors import ConfigError, DataError
 from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.tokens.document import Codes, Document, Image, Text
-from chameleon_jax.tokens.render import Rendered
+from chameleon_jax.tokens.render import Rendered, render
 from chameleon_jax.tokens.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(presets.tiny_vocabulary())
@@ -305,3 +306,60 @@ def test_noise_is_for_training_and_repeats():
     np.testing.assert_array_equal(b['tokens'], c['tokens'])
   for a, b in zip(*(_batches(_config(stages, image_noise=noise), split='validation') for noise in (0.0, 0.6)), strict=True):
     np.testing.assert_array_equal(a['tokens'], b['tokens'])
+
+
+def test_a_source_that_changed_is_refused_on_resuming(monkeypatch):
+  config = _config((1.0, (('letters_a', 1.0),)), prefetch=2)
+  iterator = _batches(config)
+  next(iterator)
+  state = json.loads(json.dumps(iterator.get_state()))
+  monkeypatch.setitem(registry.SOURCES, 'letters_a', lambda split, codes: Source('a', n=21))
+  with pytest.raises(DataError, match="source 'letters_a' changed since the checkpoint was saved: 20 documents then, 21 now"):
+    resumed = _batches(config)
+    resumed.set_state(state)
+    next(resumed)
+  accepting = _batches(dataclasses.replace(config, changed='accept'))
+  accepting.set_state(state)
+  assert next(accepting)['tokens'].shape == (4, 32)
+  del state['sources']  # checkpoints of before this was saved
+  older = _batches(config)
+  older.set_state(state)
+  next(older)
+
+
+class Ready(Source):
+  """A source whose documents were tokenized before."""
+
+  has_pieces = False
+
+  def fitted(self, vocabulary, text_tokenizer, image_fingerprint):
+    self.seen = (vocabulary, text_tokenizer, image_fingerprint)
+    self.has_pieces = True
+    return self
+
+  def rendered(self, index):
+    return render(self.document(index, None), self.seen[0], Letters())
+
+  def document(self, index, rng):
+    assert not self.has_pieces or rng is None, 'tokenized documents are not rendered again'
+    return super().document(index, rng)
+
+  def fingerprint(self):
+    return 'letters'
+
+
+def test_tokenized_documents_are_checked_once_and_not_rendered_again(monkeypatch):
+  source = Ready('g')
+  monkeypatch.setitem(registry.SOURCES, 'letters_ready', lambda split, codes: source)
+  monkeypatch.setitem(registry.SOURCES, 'letters_g', lambda split, codes: Source('g'))
+
+  def encode(pictures):
+    raise AssertionError('nothing to encode')
+
+  encode.fingerprint = 'abc'
+  ready = list(_batches(_config((1.0, (('letters_ready', 1.0),))), encode_images=encode))
+  assert source.seen[0] is VOCABULARY
+  assert source.seen[2] == 'abc'
+  assert {letter for letter, _, _ in _documents(ready)} == {'g'}
+  lengths = [sorted(length for _, length, _ in _documents(batches)) for batches in (ready, _batches(_config((1.0, (('letters_g', 1.0),)))))]
+  assert set(lengths[0]) == set(lengths[1]) == set(range(1, 21))

@@ -1,12 +1,12 @@
 """What a data set must offer, and the names under which experiment files find them.
 
-To add a data set: write a file beside this one with a class that has `__len__` and `document`, and give it a line in SOURCES.
-Importing is left to the factory, so a run loads only the data sets that it names.
+A name is one of SOURCES, or KIND:ARGUMENT for data of one's own: `jsonl:data/train.jsonl` (see `naming.py`, and KINDS for the kinds).
+To add a data set: write a file beside this one with a class that has `__len__` and `document`, and give it a line in SOURCES, or in
+KINDS where it takes an argument. Importing is left to the factory, so a run loads only the data sets that it names.
 
 The part of a name before the first underscore is its world: sources of one world share one table of codes.
 """
 
-import difflib
 import importlib
 from collections.abc import Callable
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import numpy as np
 
 from chameleon_jax.array_types import Codes
+from chameleon_jax.data.sources.naming import SourceName, nearest
 from chameleon_jax.errors import DataError
 from chameleon_jax.tokens.document import Document
 
@@ -58,21 +59,39 @@ SOURCES: dict[str, SourceFactory] = {
 }
 
 
+# KIND of KIND:ARGUMENT -> (module beside this one, class that takes (SourceName, split)). Such a class has besides:
+# `where(index)`, file and record for messages, and `fingerprint()`, which changes with what is in the files.
+KINDS: dict[str, tuple[str, str]] = {
+  'jsonl': ('jsonl', 'JsonLines'),  # one JSON object a line: interleaved, conversations, pairs, text
+  'image_folder': ('image_folder', 'ImageFolder'),  # pictures with captions
+  'webdataset': ('webdataset', 'WebDataset'),  # tar archives
+  'tfds': ('tfds', 'TfdsPairs'),  # tensorflow-datasets with pictures and text
+  'text': ('plain_text', 'PlainText'),  # text and code
+  'array_record': ('tokenized', 'TokenizedDocuments'),  # what `chameleon tokenize` writes
+}
+
+
 def make_source(name: str, split: str, codes: Codes | None = None) -> DocumentSource:
   """The source of that name.
 
   Args:
-    name: a key of SOURCES.
+    name: a key of SOURCES, or KIND:ARGUMENT.
     split: 'train' | 'validation'.
-    codes: int32 [pictures of the world, n], see `SourceFactory`.
+    codes: int32 [pictures of the world, n], see `SourceFactory`; only the worlds of SOURCES use it.
 
   Raises:
-    DataError: unknown name or split, or the table of codes has another number of rows than the world has pictures.
+    DataError: unknown name or split, the table of codes has another number of rows than the world has pictures, or files
+      are missing, cut off or damaged.
   """
-  if name not in SOURCES:
-    near = difflib.get_close_matches(name, SOURCES, n=1)
-    hint = f'did you mean {near[0]!r}?' if near else f'known are {", ".join(SOURCES)}'
-    raise DataError(f'unknown source {name!r}: {hint}')
   if split not in ('train', 'validation'):
     raise DataError(f'unknown split {split!r} of source {name!r}: use train or validation')
+  if name not in SOURCES and ':' in name:
+    source = SourceName.parse(name)
+    if source.kind not in KINDS:
+      raise DataError(f'unknown kind {source.kind!r} of source {name!r}: {nearest(source.kind, KINDS)}')
+    module, class_name = KINDS[source.kind]
+    return getattr(importlib.import_module(f'chameleon_jax.data.sources.{module}'), class_name)(source, split)
+  if name not in SOURCES:
+    known = [*SOURCES, *(f'{kind}:...' for kind in KINDS)]
+    raise DataError(f'unknown source {name!r}: {nearest(name, known)}')
   return SOURCES[name](split, codes)

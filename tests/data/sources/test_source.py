@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.data.sources.emoji_world import EmojiWorld
-from chameleon_jax.data.sources.source import SOURCES, make_source
+from chameleon_jax.data.sources.source import KINDS, SOURCES, make_source
 from chameleon_jax.errors import DataError
 from chameleon_jax.tokens.document import Codes, Image, Text
 
@@ -42,9 +42,19 @@ def test_codes_are_the_rows_of_the_table(name):
 def test_bad_names_and_tables():
   with pytest.raises(DataError, match="unknown source 'emoji_pair': did you mean 'emoji_pairs'"):
     make_source('emoji_pair', 'train')
-  with pytest.raises(DataError, match='known are emoji_text, emoji_pairs'):
+  with pytest.raises(DataError, match='known are emoji_text, emoji_pairs.*jsonl:...'):
     make_source('zzz', 'train')
+  with pytest.raises(DataError, match="unknown kind 'jsnl' of source 'jsnl:x': did you mean 'jsonl'"):
+    make_source('jsnl:x', 'train')
+  with pytest.raises(DataError, match="unknown split 'test'"):
+    make_source('jsonl:x', 'test')
   with pytest.raises(DataError, match="unknown split 'test'"):
     make_source('emoji_pairs', 'test')
   with pytest.raises(DataError, match='has 3488 rows, the emoji world 3771 pictures'):
     make_source('emoji_pairs', 'train', CODES[:3488])
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_every_kind_names_what_is_missing(kind, tmp_path):
+  with pytest.raises(DataError, match=f"source '{kind}:{tmp_path}/none'.*(does not exist|[Nn]ot found|[Cc]ould not|No such)"):
+    make_source(f'{kind}:{tmp_path}/none', 'train')
