@@ -83,6 +83,7 @@ run(TokenizeJob(*sys.argv[1:4], n_shards=4, batch_size=4, max_rejects=0.1), func
 '''
 
 
+@pytest.mark.slow
 def test_a_killed_job_goes_on_and_ends_the_same(data, alone, tiny_model_folder, tmp_path):
   output = tmp_path / 'out'
   job = _job(data, output)

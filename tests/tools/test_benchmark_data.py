@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 
 _FILE = pathlib.Path(__file__).parents[2] / 'tools' / 'benchmark_data.py'
 
@@ -22,6 +23,7 @@ def _module():
   return module
 
 
+@pytest.mark.slow
 def test_a_quick_run_fills_its_table(tmp_path):
   """The tool with its flags, and every reading behind the table."""
   output = tmp_path / 'data.json'

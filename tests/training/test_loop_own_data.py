@@ -10,7 +10,7 @@ from chameleon_jax.config import CheckpointConfig, DataConfig, MeshConfig, Optim
 from chameleon_jax.data import pipeline
 from chameleon_jax.data.tokenize import TokenizeJob
 from chameleon_jax.data.tokenize_run import run
-from chameleon_jax.errors import ChameleonError, DataError
+from chameleon_jax.errors import ChameleonError
 from chameleon_jax.interop.opening import load_tokenizers
 from chameleon_jax.tokens.images import save_png
 from chameleon_jax.training.loop import train
@@ -43,7 +43,7 @@ def _config(source, folder):
       optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=1, schedule='constant'),
       n_steps=4,
       mesh=MeshConfig(data=-1, fsdp=1),
-      eval_every=2,
+      eval_every=4,
       eval_batches=1,
       log_every=1,
       checkpoint=CheckpointConfig(every_steps=2, asynchronous=False),
@@ -58,6 +58,7 @@ def _losses(workdir):
   return found
 
 
+@pytest.mark.slow
 def test_a_run_from_files_goes_as_one_from_their_shards(data, tiny_model_folder, monkeypatch):
   monkeypatch.setattr(pipeline, '_seed', lambda seed, *_: seed)  # it takes in the name of the source, and the order goes by it
   source = f'jsonl:{data}/train.jsonl'
@@ -77,10 +78,5 @@ def test_a_run_from_files_goes_as_one_from_their_shards(data, tiny_model_folder,
   train(_config(f'array_record:{data}/shards', tiny_model_folder), data / 'tokenized')
   losses = _losses(data / 'files')
   assert losses == _losses(data / 'tokenized')
-  assert set(losses) == {(step, 'train/loss') for step in (1, 2, 3, 4)} | {(step, 'validation/loss_text') for step in (2, 4)}
-  assert losses[2, 'validation/loss_text'] > 0
-
-  shard = data / 'shards' / 'train' / 'shard-00000-of-00001.array_record'
-  shard.write_bytes(shard.read_bytes()[:-100])
-  with pytest.raises(DataError, match='shard-00000-of-00001.array_record is cut off'):
-    train(_config(f'array_record:{data}/shards', tiny_model_folder), data / 'cut')
+  assert set(losses) == {(step, 'train/loss') for step in (1, 2, 3, 4)} | {(4, 'validation/loss_text')}
+  assert losses[4, 'validation/loss_text'] > 0
