@@ -1,4 +1,4 @@
-"""The notebooks: stored clean, linked to themselves, formatted; and the one on sampling runs from top to bottom, offline."""
+"""The notebooks: stored clean, linked to themselves, formatted; each runs from top to bottom, offline."""
 
 import base64
 import html
@@ -35,7 +35,7 @@ def notebook(request):
 
 
 def test_there_is_a_notebook():
-  assert [path.name for path in NOTEBOOKS] == ['sample.ipynb']
+  assert [path.name for path in NOTEBOOKS] == ['fine_tune.ipynb', 'sample.ipynb']
 
 
 def test_it_is_stored_without_outputs(notebook):
@@ -71,6 +71,15 @@ class _Client(nbclient.NotebookClient):
     return super().process_message(msg, cell, cell_index)
 
 
+def _environment(folder):
+  """One device, as a user has, and no way out of the machine."""
+  environment = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'NPROC')}
+  paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
+  environment |= {'PYTHONPATH': os.pathsep.join(paths), 'IPYTHONDIR': str(folder / 'ipython')}
+  environment |= dict.fromkeys(('http_proxy', 'https_proxy'), 'http://127.0.0.1:9')  # nobody answers there: no download succeeds
+  return environment
+
+
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   """sample.ipynb after a run in a kernel of this Python: cells by their id, and the client with its updates.
@@ -82,10 +91,7 @@ def run(tmp_path_factory):
   install = next(cell for cell in notebook.cells if cell.id == 'install').source
   for name, gpu, tpu in (('bare', None, []), ('bare-gpu', 'nvidia-smi', []), ('bare-tpu', None, ['/dev/vfio/0'])):
     notebook.cells.append(nbformat.v4.new_code_cell(BARE_MACHINE.format(gpu=repr(gpu), tpu=tpu) + install, id=name))
-  environment = {name: value for name, value in os.environ.items() if name not in ('XLA_FLAGS', 'NPROC')}  # one device, as a user has
-  paths = [str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])]
-  environment |= {'PYTHONPATH': os.pathsep.join(paths), 'IPYTHONDIR': str(folder / 'ipython')}
-  environment |= dict.fromkeys(('http_proxy', 'https_proxy'), 'http://127.0.0.1:9')  # nobody answers there: no download succeeds
+  environment = _environment(folder)
   client = _Client(notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(folder)}})
   client.updates = {}
   with pytest.MonkeyPatch.context() as patch:
@@ -204,3 +210,42 @@ def test_the_best_is_one_of_the_eight_and_scores_are_probabilities(run):
   assert list(shares) == ['light', 'medium-light', 'medium', 'medium-dark', 'dark']
   assert sorted(shares, key=shares.get)[-2:] == ['medium-light', 'medium']
   assert 80 < sum(shares.values()) <= 100.3
+
+
+# ---------------------------------------------------------------------------------------- fine_tune.ipynb, run
+
+
+@pytest.fixture(scope='module')
+def tuned(tmp_path_factory):
+  """fine_tune.ipynb after a run of four steps: cells by their id, and the folder it ran in."""
+  folder = tmp_path_factory.mktemp('fine_tune')
+  notebook = nbformat.read(ROOT / 'experiments' / 'notebooks' / 'fine_tune.ipynb', as_version=4)
+  settings = next(cell for cell in notebook.cells if cell.id == 'settings')
+  assert 'STEPS = 200' in settings.source
+  settings.source = settings.source.replace('STEPS = 200', 'STEPS = 4')
+  client = nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(folder)}})
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv('JUPYTER_RUNTIME_DIR', str(folder / 'runtime'))
+    client.execute(env=_environment(folder))
+  return {cell.id: cell for cell in notebook.cells}, folder
+
+
+@pytest.mark.slow
+def test_a_folder_of_pictures_becomes_a_model(tuned):
+  cells, folder = tuned
+  assert _printed(cells['folder']) == f'{len(list((folder / "pictures").glob("*.png")))} pictures in pictures\n'
+  assert len(_pictures(_html(cells['show']))) == 6
+  losses = [float(loss) for loss in re.findall(r'([\d.]+) nats per code', _printed(cells['curve']))]
+  assert len(losses) == 4 and losses[-1] < losses[0]
+  before, after = (_pictures(_html(cells[name])) for name in ('before', 'after'))
+  assert len(before) == len(after) == 3
+  difference = float(re.search(r'logits differ by (\S+)', _printed(cells['after']))[1])
+  assert difference < 1e-3
+
+
+@pytest.mark.slow
+def test_it_leaves_a_model_an_adapter_and_both_exports(tuned):
+  cells, folder = tuned
+  assert "['adapter_config.json', 'adapter_model.safetensors']" in _printed(cells['export'])
+  for place in ('model', 'adapter', 'copy', 'peft'):
+    assert (folder / 'fine_tuned' / place).is_dir()
