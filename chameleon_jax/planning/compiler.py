@@ -128,11 +128,17 @@ def _compiled(function: Any, *arguments: Any) -> Verdict:
 def read_refusal(text: str) -> tuple[int, int, str]:
   """(bytes used, bytes there are, one line) of the message with which the compiler refuses a program that does not fit.
 
+  It has two forms, from before and after it lays out memory:
+
+    Ran out of memory in memory space hbm. Used 40.61G of 15.75G hbm. ...
+    Ran out of memory on HBM, the total memory required for HLO temporaries (16.56G) exceeds available HBM (15.75G).
+
   Raises:
     ConfigError: the message says something else; it is passed on.
   """
-  found = re.search(r'Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) (\w+)', text)
-  if 'RESOURCE_EXHAUSTED' not in text or found is None or found[5] != 'hbm':
+  size = r'([\d.]+)([KMGT]?)'
+  found = re.search(rf'Used {size} of {size} hbm', text) or re.search(rf'temporaries \({size}\) exceeds available HBM \({size}\)', text)
+  if 'RESOURCE_EXHAUSTED' not in text or found is None:
     raise ConfigError(f'the TPU compiler failed, but not for want of memory: {" ".join(text.split())[:300]}')
   used, limit = float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]]
   return round(used), round(limit), f'the TPU compiler: {used / GIB:.2f} GiB needed of {limit / GIB:.2f} GiB'

@@ -17,10 +17,16 @@ REFUSAL = (
 )
 
 
-def test_a_refusal_is_read():
-  used, limit, line = compiler.read_refusal(REFUSAL)
-  assert (used, limit) == (round(40.61 * GIB), round(15.75 * GIB))
-  assert line == 'the TPU compiler: 40.61 GiB needed of 15.75 GiB'
+EARLY_REFUSAL = (
+  'RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (16.56G) exceeds available HBM (15.75G).'
+)
+
+
+@pytest.mark.parametrize(('text', 'gib'), [(REFUSAL, 40.61), (EARLY_REFUSAL, 16.56)])
+def test_a_refusal_is_read(text, gib):
+  used, limit, line = compiler.read_refusal(text)
+  assert (used, limit) == (round(gib * GIB), round(15.75 * GIB))
+  assert line == f'the TPU compiler: {gib:.2f} GiB needed of 15.75 GiB'
 
 
 @pytest.mark.parametrize('text', ['INTERNAL: something else broke', REFUSAL.replace('hbm.', 'vmem.').replace('G hbm', 'M vmem')])
