@@ -113,7 +113,8 @@ def _choice(argument: str) -> tuple[str, str, str]:
 
 
 def _data(stages: tuple[StageConfig, ...], rows: int) -> DataConfig:
-  return DataConfig(stages=stages, seq_len=ROW_LENGTH, batch_size=rows, packing_bins=64, read_threads=16, prefetch=4)
+  shards = math.gcd(rows, 256)  # so that any number of hosts that divides it, up to 256, gives the same batches
+  return DataConfig(stages=stages, seq_len=ROW_LENGTH, batch_size=rows, shards=shards, packing_bins=64, read_threads=16, prefetch=4)
 
 
 def _pretrain(size: str, machines: str) -> TrainConfig:
