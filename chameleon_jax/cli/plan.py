@@ -1,6 +1,6 @@
 """Will it fit, how fast, and what to change: for a config and a machine, without the machine.
 
-  chameleon plan --config=experiments/chameleon_7b.py --topology=v5e-256
+  chameleon plan --config=experiments/chameleon.py:7b,pretrain,v5e-256 --topology=v5e-256
   chameleon plan --size=34b --topology=v5e-64 --compile
   chameleon plan --size=7b --topology=8xh100 --config.data.batch_size=64 --json=plan.json
   chameleon plan --size=34b --topology=8xh100 --task=sample --requests=16
