@@ -116,10 +116,10 @@ def test_a_config_that_does_not_fit_is_named(folder, change, fragment):
 def test_an_absurd_size_is_refused_at_once(folder, field, value):
   _edit(folder, lambda c: c['transformer' if field in c['transformer'] else 'vqgan'].update({field: value}))
   for load in (native.load_model, open_checkpoint):
-    before = time.perf_counter()
+    before = time.process_time()
     with pytest.raises(CheckpointError) as caught:
       load(folder)
-    assert time.perf_counter() - before < 3 and '\n' not in str(caught.value) and len(str(caught.value)) < 500
+    assert time.process_time() - before < 3 and '\n' not in str(caught.value) and len(str(caught.value)) < 500
 
 
 def test_absurd_layers_of_version_1_are_refused_at_once(parts, tmp_path):
