@@ -109,8 +109,11 @@ class Sampler:
     except ChameleonError as error:
       self._writer.say(f'samples of step {step}: {error}; none drawn')
       return
+    answers = [unrender(row, self._vocabulary, self._data['text_tokenizer']) for row in rows]
+    # All hosts decode the pictures, and together: under the mesh of all of them a program of one alone would wait for the others.
+    shown = self._decoded([part for prompt, answer in zip(self._prompts, answers) for part in (prompt.document, answer, prompt.rest)])
     if jax.process_index() == 0:
-      self._write(step, self._prompts, [unrender(row, self._vocabulary, self._data['text_tokenizer']) for row in rows])
+      self._write(step, self._prompts, shown)
 
   def _find_prompts(self) -> Iterator[Prompt]:
     """From each source in turn the next document that can be cut and leaves room for an answer."""
@@ -137,11 +140,12 @@ class Sampler:
       if len(tokens) < self._config.model.max_seq_len:
         yield Prompt(*pieces, source=name, index=index, tokens=tokens)
 
-  def _write(self, step: int, prompts: Sequence[Prompt], answers: Sequence[Document]) -> None:
+  def _write(self, step: int, prompts: Sequence[Prompt], shown: Sequence[Document]) -> None:
+    """`shown` holds for each prompt what was given, what was written, and how the document went on."""
     folder = self._workdir / 'samples' / f'step_{step:07d}'
     examples = []
-    for number, (prompt, answer) in enumerate(zip(prompts, answers)):
-      given, written, rest = self._decoded([prompt.document, answer, prompt.rest])
+    for number, prompt in enumerate(prompts):
+      given, written, rest = shown[3 * number : 3 * number + 3]
       whole = page.joined(given, written)
       caption = f'{prompt.source}, validation document {prompt.index}. It went on: {page.document_text(rest)}'
       examples.append(page.Example(whole, originals=_originals(rest), caption=caption))
