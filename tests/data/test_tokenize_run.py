@@ -4,6 +4,7 @@ import functools
 import json
 import multiprocessing
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -111,7 +112,8 @@ def _dies(folder):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies(data, tiny_model_folder, tmp_path):
+def test_a_worker_that_dies(data, tiny_model_folder, tmp_path, monkeypatch):
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[2])  # where the worker finds `_dies`
   with pytest.raises(DataError, match=r'worker tokenize-. died \(exit code -9\); run the same command again to go on'):
     run(_job(data, tmp_path), functools.partial(_dies, tiny_model_folder), processes=2)
   assert not list(tmp_path.glob('shard*'))
