@@ -16,7 +16,6 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import pathlib
 import shlex
 import statistics
@@ -34,7 +33,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
-from benchmark_protocol import CompileClock, Protocol, Row, alternate, machine, markdown, spread, write_json
+from benchmark_protocol import CompileClock, Protocol, Row, alternate, asked, define_flags, machine, markdown, spread, write_json
 
 from chameleon_jax import presets
 from chameleon_jax.chameleon import shipped_path
@@ -53,7 +52,6 @@ from chameleon_jax.tokens.vocabulary import Vocabulary
 from chameleon_jax.training.state import unboxed
 
 FLAGS = flags.FLAGS
-MAX_LOAD = 0.7
 AIMS = {1: '>= 0.9', 2: '>= 50', 3: '< 1 %'}
 EATEN = 11_400  # tokens a second: 7B, 50 % of an H200
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -244,13 +242,8 @@ def measure(only: Sequence[int], sizes: Sizes, protocol: Protocol) -> list[Row]:
 
 
 def main(argv: Sequence[str]) -> None:
-  only = sorted({int(figure) for figure in FLAGS.only})
-  if len(argv) > 1 or not set(only) <= set(AIMS):
-    raise app.UsageError(f'--only takes figures out of {", ".join(map(str, AIMS))}; there are no further arguments')
-  if not FLAGS.quick and os.getloadavg()[0] > FLAGS.max_load:
-    raise app.UsageError(f'the load average is {os.getloadavg()[0]:.2f}; wait until it is below {FLAGS.max_load}, or raise --max_load')
+  only, protocol = asked(argv, AIMS)
   where = machine()
-  protocol = Protocol(repetitions=2) if FLAGS.quick else Protocol(repetitions=FLAGS.repetitions)
   rows = measure(only, QUICK if FLAGS.quick else Sizes(), protocol)
   print(markdown(rows, where, shlex.join(['python', 'tools/benchmark_data.py', *sys.argv[1:]])))
   if FLAGS.output:
@@ -258,9 +251,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_list('only', [str(figure) for figure in AIMS], 'Figures to measure.')
-  flags.DEFINE_integer('repetitions', 7, 'Pairs under the clock.', lower_bound=1)
-  flags.DEFINE_float('max_load', MAX_LOAD, 'Load average above which nothing is timed.')
-  flags.DEFINE_bool('quick', False, 'Small sizes and two repetitions.')
-  flags.DEFINE_string('output', None, 'JSON file for every reading.')
+  define_flags(AIMS)
   app.run(main)

@@ -14,12 +14,14 @@ import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+from absl import app, flags
 
 BEGIN, END = '<!-- results: begin (written by the tool, not by hand) -->', '<!-- results: end -->'
+MAX_LOAD = 0.7  # above it the clock measures the neighbours
 _COMPILED = '/jax/core/compile/backend_compile_duration'
 _FLAGS = ('amx_bf16', 'amx_int8', 'avx512_bf16', 'avx512_fp16', 'avx512f', 'avx2')
 
@@ -31,6 +33,30 @@ class Protocol:
   warm_ups: int = 2
   repetitions: int = 7
   most_warm_ups: int = 8
+
+
+def define_flags(figures: Iterable[int]) -> None:
+  """Flags that every benchmark has."""
+  flags.DEFINE_list('only', [str(figure) for figure in figures], 'Figures to measure.')
+  flags.DEFINE_integer('repetitions', 7, 'Pairs under the clock.', lower_bound=1)
+  flags.DEFINE_float('max_load', MAX_LOAD, 'Load average above which nothing is timed.')
+  flags.DEFINE_bool('quick', False, 'Small sizes and two repetitions.')
+  flags.DEFINE_string('output', None, 'JSON file for every reading.')
+
+
+def asked(argv: Sequence[str], aims: Mapping[int, str]) -> tuple[list[int], Protocol]:
+  """The figures to measure, and how often.
+
+  Raises:
+    UsageError: there is no such figure, or the machine is busy.
+  """
+  values = flags.FLAGS
+  only = sorted({int(figure) for figure in values.only})
+  if len(argv) > 1 or not set(only) <= set(aims):
+    raise app.UsageError(f'--only takes figures out of {", ".join(map(str, aims))}; there are no further arguments')
+  if not values.quick and os.getloadavg()[0] > values.max_load:
+    raise app.UsageError(f'the load average is {os.getloadavg()[0]:.2f}; wait until it is below {values.max_load}, or raise --max_load')
+  return only, Protocol(repetitions=2 if values.quick else values.repetitions)
 
 
 class CompileClock:

@@ -9,7 +9,6 @@ timed where it differs. experiments/benchmarks.md says what each figure means. F
 
 import dataclasses
 import functools
-import os
 import pathlib
 import shlex
 import statistics
@@ -27,7 +26,19 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import benchmark_peer
-from benchmark_protocol import CompileClock, Protocol, Row, alternate, machine, markdown, spread, write_json, write_page
+from benchmark_protocol import (
+  CompileClock,
+  Protocol,
+  Row,
+  alternate,
+  asked,
+  define_flags,
+  machine,
+  markdown,
+  spread,
+  write_json,
+  write_page,
+)
 
 import chameleon_jax
 from chameleon_jax import presets
@@ -43,7 +54,6 @@ FLAGS = flags.FLAGS
 
 Dtype = Literal['float32', 'bfloat16']
 DTYPES: tuple[Dtype, ...] = ('float32', 'bfloat16')
-MAX_LOAD = 0.7  # above it the clock measures the neighbours
 AIMS = {1: '>= 4', 2: '<= 1/32', 3: '<= 1.05', 4: '>= 1.3', 5: 'unchanged', 6: 'none'}
 SENTENCES = (
   'Draw a red apple.',
@@ -282,7 +292,7 @@ class Benchmark:
     return rows
 
   def independence(self) -> list[Row]:
-    """5: what ten requests write with and without troublesome ones among them."""
+    """5: what every third of the requests writes with and without troublesome ones among them."""
     rows = []
     v, well = self.subject.vocabulary, self.requests[::3]
     start, context = self.subject.starts[0], self.subject.config.max_seq_len
@@ -343,13 +353,8 @@ def measure(names: Sequence[str], only: Sequence[int], protocol: Protocol, *, n_
 
 
 def main(argv: Sequence[str]) -> None:
-  only = sorted({int(figure) for figure in FLAGS.only})
-  if len(argv) > 1 or not set(only) <= set(AIMS):
-    raise app.UsageError(f'--only takes figures out of {", ".join(map(str, AIMS))}; there are no further arguments')
-  if not FLAGS.quick and os.getloadavg()[0] > FLAGS.max_load:
-    raise app.UsageError(f'the load average is {os.getloadavg()[0]:.2f}; wait until it is below {FLAGS.max_load}, or raise --max_load')
+  only, protocol = asked(argv, AIMS)
   where = machine()
-  protocol = Protocol(repetitions=2) if FLAGS.quick else Protocol(repetitions=FLAGS.repetitions)
   rows = measure(['tiny'] if FLAGS.quick else FLAGS.models, only, protocol, n_new=32 if FLAGS.quick else 64)
   table = markdown(rows, where, shlex.join(['python', 'tools/benchmark_sampling.py', *sys.argv[1:]]))
   print(table)
@@ -360,11 +365,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  flags.DEFINE_list('only', [str(figure) for figure in AIMS], 'Figures to measure.')
+  define_flags(AIMS)
   flags.DEFINE_list('models', ['emoji', 'random'], f'Models to measure: {", ".join(SUBJECTS)}.')
-  flags.DEFINE_integer('repetitions', 7, 'Pairs under the clock.', lower_bound=1)
-  flags.DEFINE_float('max_load', MAX_LOAD, 'Load average above which nothing is timed.')
-  flags.DEFINE_bool('quick', False, 'A tiny model and two repetitions.')
-  flags.DEFINE_string('output', None, 'JSON file for every reading.')
   flags.DEFINE_string('page', None, 'Page whose results section is rewritten.')
   app.run(main)

@@ -245,7 +245,7 @@ def make_batches(
       {shard: staged(shard) for shard in wanted},
       wanted,
       n_shards=config.shards,
-      fingerprints={name: fingerprint(source) for name, source in sources.items()},
+      fingerprints={name: fingerprint(source) for name, source in sources.items()} if split == 'train' else {},  # others save no position
       accept_changed=config.changed == 'accept',
   )
   if config.prefetch:

@@ -18,7 +18,6 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -162,12 +161,12 @@ class _Run:
       return self._first_state()
     if self.tuning.freezes:
       self._freeze()
-    before = self.checkpoints.config(self.saved_step)
-    self._check_base(before.get('base'))
-    for change in config_changes(before, self.described()):
+    notes = self.checkpoints.notes(self.saved_step)
+    self._check_base(notes.get('base'))
+    for change in config_changes(self.checkpoints.config(self.saved_step), resolved(self.config)):
       self.writer.say(f'note: config differs from the checkpoint: {change}')
     state = self.checkpoints.restore(self.abstract, iterator=self.batches, step=self.saved_step)
-    self.guard.restore(self.checkpoints.notes(self.saved_step).get('spikes'), step=self.saved_step)
+    self.guard.restore(notes.get('spikes'), step=self.saved_step)
     self.writer.say(f'resumed after step {self.saved_step:,}')
     return state
 
@@ -190,17 +189,16 @@ class _Run:
     return trained
 
   def _check_base(self, before: dict[str, str] | None) -> None:
-    now = self.described().get('base')
+    now = self._base_note()
     if before is not None and now is not None and before['fingerprint'] != now['fingerprint']:
       raise CheckpointError(
           f'{self.checkpoints.directory} was trained beside the weights of {before["path"]} (fingerprint {before["fingerprint"]}); '
           f'those of {now["path"]} are others ({now["fingerprint"]}): set config.init_from to the former, or name another workdir'
       )
 
-  def described(self) -> dict[str, Any]:
-    """The config as it is saved, with the weights that the checkpoints belong to where they hold only a part."""
-    base = {} if self.base is None else {'base': {'path': self.base.path, 'fingerprint': self.base.fingerprint}}
-    return resolved(self.config) | base
+  def _base_note(self) -> dict[str, str] | None:
+    """The weights that the checkpoints belong to where they hold only a part."""
+    return None if self.base is None else {'path': self.base.path, 'fingerprint': self.base.fingerprint}
 
   def steps(self, state: TrainState, last_step: int, deadline: float, *, interruption: Interruption) -> TrainState:
     """Runs up to `last_step`, the deadline or an interruption and saves; logs, evaluates and saves on the way."""
@@ -262,7 +260,8 @@ class _Run:
     return StepLog(self.writer, parts=self.config.data.batch_size // len(self.data['rows']))
 
   def _save(self, state: TrainState, step: int) -> None:
-    self.checkpoints.save(step, state, iterator=self.batches, config=self.described(), notes={'spikes': self.guard.books()})
+    notes = {'spikes': self.guard.books(), 'base': self._base_note()}
+    self.checkpoints.save(step, state, iterator=self.batches, config=resolved(self.config), notes=notes)
     self.saved_step = step
 
   def _spike_to_leave(self, *, wait: bool) -> Spike | None:

@@ -137,6 +137,7 @@ def go_back(guard: SpikeGuard, spike: Spike, *, checkpoints: Checkpoints, batche
   books = None if kept is None else checkpoints.notes(kept).get('spikes') or {'batch': kept, 'losses': []}
   for _ in range(guard.rewind(spike, books)):
     next(batches)
+  writer.rewind(kept or 0)  # the steps behind it are done again
   first, last = guard.skipped[-1]
   values = {'loss': spike.loss, 'z_score': spike.z_score, 'rewound_to': kept or 0, 'first_skipped': first, 'last_skipped': last}
   writer.write(spike.step, values, prefix='spike')

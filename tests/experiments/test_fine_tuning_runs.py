@@ -138,7 +138,8 @@ def test_a_lora_run_resumes_with_adapters_alone_in_its_checkpoints(tuned, tmp_pa
   names = {jax.tree_util.keystr(path, simple=True, separator='/') for path, _ in stored}
   assert {name.split('/')[-1] for name in names} <= {'a', 'b', 'count', 'step'} and len(names) > 42  # 7 pairs and their two moments
   with Checkpoints(workdir / 'checkpoints', config.checkpoint) as checkpoints:
-    base = checkpoints.config()['base']
+    base = checkpoints.notes()['base']
+    assert frozen(checkpoints.config(), TrainConfig) == config  # nothing beside it: `peek` reads it so
   assert base['path'] == str(BASE) and base['fingerprint'] == load_adapter(workdir / 'adapter').base.fingerprint
 
 
