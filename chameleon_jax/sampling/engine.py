@@ -38,7 +38,7 @@ from chameleon_jax.config import SamplingOptions, TransformerConfig
 from chameleon_jax.errors import CheckpointError, PromptError, SamplingError
 from chameleon_jax.models.transformer.cache import init_cache
 from chameleon_jax.models.transformer.model import Transformer, decoding_params
-from chameleon_jax.sampling import guidance, loop, modality
+from chameleon_jax.sampling import guidance, loop, modality, streams
 from chameleon_jax.sampling import logits as drawing
 from chameleon_jax.sampling.requests import Limits, Progress, Row
 from chameleon_jax.sampling.streams import MakeCache, StreamPool, batch_shards, power_of_two, size
@@ -144,6 +144,7 @@ class Engine:
       known=self._functions.cache_sizes,
       multiple=self._shards,
       piece=min(power_of_two(max_prompt_piece), config.max_seq_len),
+      light_bytes=max(sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)) // 8, streams.LIGHT_BYTES),
     )
     self._queue: collections.deque[Row] = collections.deque()
     self._rows: list[Row] = []
@@ -216,8 +217,10 @@ class Engine:
     padded = rows + [rows[0]] * (batch - len(rows))  # rows that fill up the batch are done from the start
     states = [row.state for row in rows] + [done] * (batch - len(rows))
     options = [row.options for row in padded]
+    max_steps = min(max_steps, self._pool.steps_within([(row.room(0), row.room()) for row in rows]))
     # With requests waiting, a row that ends makes room; otherwise steps go on until the cache could shrink.
-    enough_ended = 1 if self._queue else max(len(rows) * 3 // 4, 1) if len(rows) >= 4 else len(rows)
+    ended = len(rows) // 2 if self._pool.heavy else len(rows) * 3 // 4 if len(rows) >= 4 else len(rows)
+    enough_ended = 1 if self._queue else max(ended, 1)
     carry = loop.decode(
       self.params,
       self._pool.cache,

@@ -19,6 +19,8 @@ from chameleon_jax.sampling.requests import Row, only_pictures
 from chameleon_jax.sampling.streams import Stream, StreamPool
 from chameleon_jax.tokens.vocabulary import Vocabulary
 
+LEAST_STEPS = 64  # for which a row gets slots at once
+
 
 def provide_streams(rows: Sequence[Row], pool: StreamPool, vocabulary: Vocabulary) -> None:
   """Sees to it that every row has the streams that its next token needs. New ones have to be filled before they are used."""
@@ -29,7 +31,8 @@ def provide_streams(rows: Sequence[Row], pool: StreamPool, vocabulary: Vocabular
       wanted.append((row, loop.STREAM_F))
     wanted += [(row, kind) for kind in _missing(row, vocabulary)]
     idle += _idle(row, pool, vocabulary)
-  pool.make_room(len(wanted), max(row.room for row in rows), idle=idle)
+  soon = max(row.room(max(LEAST_STEPS, len(row.tokens))) for row in rows)  # at most a compilation for every doubling
+  pool.make_room(len(wanted), soon, finally_slots=max(row.room() for row in rows), idle=idle)
   for row, kind in wanted:
     if kind == loop.STREAM_F:
       row.f = pool.add(row.ticket, kind, np.array(row.tokens[:-1]))

@@ -34,6 +34,8 @@ from chameleon_jax.config import SamplingOptions
 
 Scores = Float[AnyArray, 'B V']
 
+_GROUPS = 256
+
 
 @flax.struct.dataclass
 class DrawSettings:
@@ -188,10 +190,39 @@ def draw(
   settings: DrawSettings,
   steps: DrawSteps,
 ) -> Int[Array, ' B']:
-  """Draws one token a row from the softmax of `scores` (see `process`), or takes the largest where the row is greedy."""
-  best = jnp.argmax(scores, axis=-1).astype(jnp.int32)
+  """Draws one token a row from the softmax of `scores` (see `process`), or takes the largest where the row is greedy.
+
+  Of equal largest logits the first wins. A draw takes two random numbers a row, see `_invert`.
+  """
+  top = jnp.max(scores, axis=-1, keepdims=True)
+  ids = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+  best = jnp.min(jnp.where(scores == top, ids, scores.shape[-1] - 1), axis=-1)  # an argmax, in two passes that vectorise
   if not steps.random:
     return best
   step_keys = jax.vmap(jax.random.fold_in)(keys, drawn)
-  sampled = jax.vmap(jax.random.categorical)(step_keys, scores).astype(jnp.int32)
+  uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(step_keys)
+  sampled = _invert(jnp.exp(scores - top), uniform)
   return jnp.where(jnp.where(in_image, settings.image_greedy, settings.greedy), best, sampled)
+
+
+def _invert(weights: Scores, uniform: Float[AnyArray, 'B 2']) -> Int[Array, ' B']:
+  """Ids drawn in proportion to `weights`: the cumulative sum is inverted for a group of ids first, then inside the group.
+
+  A noise for every id would be 65,536 random numbers a row: on a CPU 16 ms for 16 rows, where this takes 1.
+  Ids are grouped by their remainder modulo `_GROUPS`, so that the sums of all groups are one vectorised pass.
+
+      weights  1 0 | 3 0 | 0 4        two groups: sums 4 and 4; then within the first: 1 3 0
+  """
+  missing = -weights.shape[-1] % _GROUPS
+  table = jnp.pad(weights, ((0, 0), (0, missing))).reshape(weights.shape[0], -1, _GROUPS)
+  group = _first_beyond(jnp.sum(table, axis=1), uniform[:, 0])
+  inside = jnp.take_along_axis(table, group[:, None, None], axis=2)[..., 0]
+  return _first_beyond(inside, uniform[:, 1]) * _GROUPS + group
+
+
+def _first_beyond(weights: Float[AnyArray, 'B n'], uniform: Float[AnyArray, ' B']) -> Int[Array, ' B']:
+  """The first place whose cumulative weight passes `uniform` times the whole; never one of weight 0, however sums are rounded."""
+  sums = jnp.cumsum(weights, axis=-1)
+  passed = (sums > uniform[:, None] * jnp.max(sums, axis=-1, keepdims=True)) & (weights > 0)
+  place = jnp.where(jnp.any(passed, axis=-1), jnp.argmax(passed, axis=-1), jnp.argmax(weights, axis=-1))
+  return place.astype(jnp.int32)

@@ -222,9 +222,11 @@ def decode(
   def body(carry: Carry) -> Carry:
     token = jnp.take(carry.token, places.owner)
     hidden, cache = forward(params, token[:, None], _feed_positions(carry, request)[:, None], carry.cache)
-    wanted = jnp.concatenate([places.f, places.i, places.u]) if steps.guided else places.f
-    logits = unembed(params, hidden)[:, 0]
-    return _draw(jnp.take(logits, wanted, axis=0), dataclasses.replace(carry, cache=cache), request, steps)
+    if steps.guided:  # each stream is unembedded once, though a row may read it twice
+      logits = jnp.take(unembed(params, hidden)[:, 0], jnp.concatenate([places.f, places.i, places.u]), axis=0)
+    else:
+      logits = unembed(params, jnp.take(hidden, places.f, axis=0))[:, 0]
+    return _draw(logits, dataclasses.replace(carry, cache=cache), request, steps)
 
   carry = Carry(
     state=jax.tree.map(jnp.asarray, state),

@@ -120,10 +120,10 @@ class Row:
     """modality.TEXT, IMAGE or DONE."""
     return int(self.state.mode[0])
 
-  @property
-  def room(self) -> int:
-    """Slots that its streams can come to need: stream u may be one longer than the row."""
-    return len(self.tokens) + int(self.state.remaining[0]) + 1
+  def room(self, steps: int | None = None) -> int:
+    """Slots that its streams can come to need, or can need in the next `steps`: stream u may be one longer than the row."""
+    remaining = int(self.state.remaining[0])
+    return len(self.tokens) + (remaining if steps is None else min(remaining, steps)) + 1
 
   def take(self, state: modality.RowState, out: np.ndarray, image_length: int) -> None:
     """Brings home what a run of steps did to this row: its state ([1] arrays) and the tokens it drew."""

@@ -9,14 +9,17 @@ outlive its picture, since the next one goes on from it; while its request is in
     set aside                                 i
 
 Sizes. The cache has R streams of S slots: R is a power of two (times the mesh's batch shards), S a power of two from 32 up
-to the model's context. It grows when there is need, and shrinks where the smaller size has been used before or is a
-quarter, since a size that is new costs a compilation. Prompts are filled in pieces of 32, 128 or 512 tokens, 1, 4 or
+to the model's context. Every step reads all of it, and every size costs a compilation. So it depends on its weight beside
+the parameters, which every step reads too. A light cache (`light_bytes`) gets the slots that will be needed in the end at
+once, and shrinks only where the smaller size has been used before or is a quarter. A heavy one gets what the coming steps
+need, grows as rows grow, and shrinks by halves as rows end. Prompts are filled in pieces of 32, 128 or 512 tokens, 1, 4 or
 16 prompts at a time.
 
 This file knows streams and slots; it knows neither tokens' meaning nor how they are drawn.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeAlias
 
@@ -29,6 +32,7 @@ from chameleon_jax.sampling import loop
 MakeCache: TypeAlias = Callable[[int, int], PyTree]  # (streams, slots) -> empty cache of arrays [R, K, S, H]
 
 MIN_SLOTS = 32
+LIGHT_BYTES = 1 << 20  # a cache below it is light beside any parameters
 FILL_ROWS = 16
 
 
@@ -78,7 +82,15 @@ class StreamPool:
   """The cache of a sampler and its streams."""
 
   def __init__(
-    self, make_cache: MakeCache, *, forward: loop.Forward, max_slots: int, known: set[tuple[int, int]], multiple: int = 1, piece: int = 512
+    self,
+    make_cache: MakeCache,
+    *,
+    forward: loop.Forward,
+    max_slots: int,
+    known: set[tuple[int, int]],
+    multiple: int = 1,
+    piece: int = 512,
+    light_bytes: int | None = None,
   ):
     """Makes a pool without a cache; the first stream makes one.
 
@@ -89,6 +101,7 @@ class StreamPool:
       known: streams and slots of caches used before; added to.
       multiple: the number of streams is a multiple of it (batch shards of a mesh).
       piece: tokens of a prompt that are filled in at once, at most.
+      light_bytes: up to this size of a cache, the number of programs counts for more than the size; LIGHT_BYTES by default.
     """
     self._make_cache = make_cache
     self._forward = forward
@@ -96,6 +109,9 @@ class StreamPool:
     self._multiple = multiple
     self._piece = piece
     self._known = known
+    self._light_bytes = LIGHT_BYTES if light_bytes is None else light_bytes
+    least = jax.make_jaxpr(functools.partial(make_cache, multiple, MIN_SLOTS))().out_avals
+    self._slot_bytes = sum(array.size * array.dtype.itemsize for array in least) / (multiple * MIN_SLOTS)
     self._streams: list[Stream | None] = []
     self.slots = 0
     self.cache: PyTree = None
@@ -110,23 +126,50 @@ class StreamPool:
     """The stream in each row of the cache, None where a row is free."""
     return self._streams
 
-  def make_room(self, n: int, slots: int, *, idle: Sequence[Stream] = ()) -> None:
-    """Sees to `n` free rows beside those in use, of `slots` slots at least, and shrinks what has become too large.
+  @property
+  def heavy(self) -> bool:
+    """Whether the cache, as it is, weighs so much beside the parameters that a smaller one is worth a compilation."""
+    return self._weighs(self.n_streams, self.slots)
 
-    Streams in `idle` are set aside if that spares a larger cache, or lets the cache shrink.
+  def _weighs(self, streams: int, slots: int) -> bool:
+    return streams * slots * self._slot_bytes > self._light_bytes
+
+  def make_room(self, n: int, slots: int, *, finally_slots: int | None = None, idle: Sequence[Stream] = ()) -> None:
+    """Sees to `n` free rows beside those in use, and shrinks what has become too large.
+
+    Args:
+      n: free rows wanted.
+      slots: slots that every stream must have now.
+      finally_slots: slots that the streams will come to need, by default the same.
+      idle: streams to set aside if that spares a larger cache, or lets the cache shrink.
     """
     used = sum(stream is not None for stream in self._streams)
     least = size(used - len(idle) + n, multiple=self._multiple)
-    wanted_slots = max(self.slots, min(power_of_two(slots, smallest=MIN_SLOTS), self._max_slots))
-    if used + n > self.n_streams or self._may_shrink(least):
+    shrinks = self._may_shrink(least)
+    if used + n > self.n_streams or shrinks:
       for stream in idle:
         self.set_aside(stream)
-      self._resize(least, wanted_slots)
-    elif wanted_slots > self.slots:
-      self._resize(self.n_streams, wanted_slots)
+      streams = least
+    else:
+      streams = self.n_streams
+    now, finally_ = (min(power_of_two(k, smallest=MIN_SLOTS), self._max_slots) for k in (slots, finally_slots or slots))
+    wanted = now if self._weighs(streams, finally_) else finally_
+    if wanted < self.slots and not (self.heavy and wanted * 4 <= self.slots):
+      wanted = self.slots
+    if (streams, wanted) != (self.n_streams, self.slots):
+      self._resize(streams, wanted)
 
   def _may_shrink(self, target: int) -> bool:
-    return target < self.n_streams and (target * 4 <= self.n_streams or (target, self.slots) in self._known)
+    return target < self.n_streams and (self.heavy or target * 4 <= self.n_streams or (target, self.slots) in self._known)
+
+  def steps_within(self, lengths: Sequence[tuple[int, int]]) -> int:
+    """Steps for which the slots suffice.
+
+    Args:
+      lengths: of each row, the slots that it has filled, and those that it will come to need.
+    """
+    growing = [filled for filled, needed in lengths if self.slots < min(needed, self._max_slots)]
+    return self.slots - max(growing) if growing else self._max_slots
 
   def _resize(self, n: int, slots: int) -> None:
     """Moves the streams into the first rows of a cache of `n` rows."""

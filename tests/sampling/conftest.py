@@ -9,6 +9,18 @@ import numpy as np
 import pytest
 
 
+def _drawn(scores, key):
+  """Two uniform numbers invert two cumulative sums: of the groups of ids equal modulo 256, and inside the group."""
+  uniform = np.asarray(jax.random.uniform(key, (2,)))
+  weights = np.exp((scores - np.max(scores)).astype(np.float64))
+  group = _inverse([weights[start::256].sum() for start in range(min(256, len(weights)))], uniform[0])
+  return group + 256 * _inverse(weights[group::256], uniform[1])
+
+
+def _inverse(weights, uniform):
+  return next(place for place, total in enumerate(np.cumsum(weights)) if total > uniform * np.sum(weights))
+
+
 def _top_p(scores: np.ndarray, p: float) -> np.ndarray:
   """As the release describes it: sort ascending, remove while the running sum is <= 1 - p, keep at least one."""
   order = np.argsort(scores, kind='stable')
@@ -63,7 +75,7 @@ def generate(logits_of, prompt, options, *, row, vocabulary, n, max_seq_len):
     else:
       scores = scores / np.float32(options.image_temperature if inside else options.temperature)
       scores = _top_p(scores, options.image_top_p if inside else options.top_p)
-      token = int(jax.random.categorical(jax.random.fold_in(key, len(new)), scores))
+      token = _drawn(scores, jax.random.fold_in(key, len(new)))
     tokens.append(token)
     new.append(token)
     if token == v.begin_image:

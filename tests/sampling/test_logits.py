@@ -169,5 +169,21 @@ def test_a_rows_draw_depends_on_seed_row_and_count_only():
     for s, r, d in ((3, 0, 0), (4, 0, 0), (3, 1, 0), (3, 0, 1))
   ]
   assert len(set(variants)) == 4
-  expected = jax.random.categorical(jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 1), 7), scores[1].astype(np.float32))
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 1), 7)
+  weights = np.exp(scores[1])  # fewer ids than groups: each is a group of its own
+  expected = np.flatnonzero(np.cumsum(weights) > float(jax.random.uniform(key, (2,))[0]) * weights.sum())[0]
   assert together[1] == expected
+
+
+@pytest.mark.parametrize('n_ids', [50, 256, 1000])
+def test_draws_have_the_probabilities_of_the_softmax(n_ids):
+  """A chi-square of 20,000 draws, and never an id of probability 0."""
+  rng = np.random.default_rng(n_ids)
+  scores = np.where(rng.random(n_ids) < 0.6, -np.inf, rng.normal(size=n_ids))
+  p = np.exp(scores) / np.exp(scores).sum()
+  n = 20_000
+  counts = np.bincount(draw(np.tile(scores, (n, 1)), options=SamplingOptions(seed=1)), minlength=n_ids)
+  kept = p > 0
+  assert counts[~kept].sum() == 0
+  chi_square, freedom = np.sum((counts[kept] - n * p[kept]) ** 2 / (n * p[kept])), kept.sum() - 1
+  assert abs(chi_square - freedom) < 4 * np.sqrt(2 * freedom)

@@ -89,3 +89,31 @@ def test_a_long_prompt_is_filled_while_the_others_go_on():
   assert first[short] == 0 and first[late] == 4  # 38 tokens in pieces of 8: the fifth turn can decode
   expected = make_engine().generate_tokens([example_prompts()[0], long], options)
   assert [lines[short], lines[late]] == [row.tolist() for row in expected]
+
+
+def test_a_heavy_cache_grows_with_its_rows_and_shrinks_as_they_end():
+  """The tokens are those of a cache that has all its slots from the start."""
+  prompts = [*example_prompts(), *example_prompts()]
+  options = [SamplingOptions(max_new_tokens=n, seed=3) for n in (4, 9, 16, 21, 25, 28, 30, 40)]
+  options = [options[row % len(options)] for row in range(len(prompts))]
+  usual = make_engine().generate_tokens(prompts, options)
+  engine = make_engine()
+  engine._pool._light_bytes = 0
+  assert [row.tolist() for row in engine.generate_tokens(prompts, options)] == [row.tolist() for row in usual]
+
+
+def test_slots_of_light_and_heavy_caches():
+  light, heavy = make_pool(light_bytes=1 << 30), make_pool(light_bytes=0)
+  for pool in (light, heavy):
+    pool.make_room(4, 20, finally_slots=CONTEXT)
+  assert (light.slots, heavy.slots) == (CONTEXT, 32)
+  assert light.steps_within([(20, CONTEXT)]) == CONTEXT  # no end before the context's
+  assert heavy.steps_within([(20, CONTEXT), (25, 30)]) == 12 and heavy.steps_within([(25, 30)]) == CONTEXT
+  rows = [heavy.add(row, loop.STREAM_F, np.arange(row, row + 20)) for row in range(4)]
+  heavy.fill(scripts())
+  heavy.make_room(0, 40, finally_slots=CONTEXT)
+  assert heavy.slots == CONTEXT  # of 60, no power of two
+  for row in rows[:2]:
+    heavy.release(row)
+  heavy.make_room(0, 40)
+  assert heavy.n_streams == 2 and [held(heavy, row) for row in rows[2:]] == [list(range(n, n + 20)) for n in (2, 3)]
