@@ -38,10 +38,10 @@ from chameleon_jax.config import SamplingOptions, TransformerConfig
 from chameleon_jax.errors import CheckpointError, PromptError, SamplingError
 from chameleon_jax.models.transformer.cache import init_cache
 from chameleon_jax.models.transformer.model import Transformer, decoding_params
-from chameleon_jax.sampling import guidance, loop, modality, streams
+from chameleon_jax.sampling import guidance, loop, modality
 from chameleon_jax.sampling import logits as drawing
 from chameleon_jax.sampling.requests import Limits, Progress, Row
-from chameleon_jax.sampling.streams import MakeCache, StreamPool, batch_shards, power_of_two, size
+from chameleon_jax.sampling.streams import LIGHT_BYTES, MakeCache, StreamPool, batch_shards, power_of_two, size
 from chameleon_jax.tokens.vocabulary import Vocabulary
 
 MAX_STEPS = 256
@@ -144,7 +144,7 @@ class Engine:
       known=self._functions.cache_sizes,
       multiple=self._shards,
       piece=min(power_of_two(max_prompt_piece), config.max_seq_len),
-      light_bytes=max(sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)) // 8, streams.LIGHT_BYTES),
+      light_bytes=max(sum(leaf.nbytes for leaf in jax.tree.leaves(self.params)) // 8, LIGHT_BYTES),
     )
     self._queue: collections.deque[Row] = collections.deque()
     self._rows: list[Row] = []
@@ -218,9 +218,6 @@ class Engine:
     states = [row.state for row in rows] + [done] * (batch - len(rows))
     options = [row.options for row in padded]
     max_steps = min(max_steps, self._pool.steps_within([(row.room(0), row.room()) for row in rows]))
-    # With requests waiting, a row that ends makes room; otherwise steps go on until the cache could shrink.
-    ended = len(rows) // 2 if self._pool.heavy else len(rows) * 3 // 4 if len(rows) >= 4 else len(rows)
-    enough_ended = 1 if self._queue else max(ended, 1)
     carry = loop.decode(
       self.params,
       self._pool.cache,
@@ -238,7 +235,7 @@ class Engine:
         places=self._pool.places(found, [row.ticket for row in rows]),
         table=self._table,
       ),
-      np.array([max_steps, enough_ended], np.int32),
+      np.array([max_steps, self._enough_ended(len(rows))], np.int32),
       forward=self._functions.forward,
       unembed=self._functions.unembed,
       steps=steps,
@@ -253,6 +250,14 @@ class Engine:
       self.decoded += n_new
       row.take(jax.tree.map(lambda leaf, place=place: leaf[place : place + 1], state), out[place, :n_new], int(image_length[place]))
     return {row.ticket: int(failed[place]) for place, row in enumerate(rows) if failed[place]}
+
+  def _enough_ended(self, n_rows: int) -> int:
+    """Rows whose end stops a run: one makes room for a request that waits; otherwise as many as let the cache shrink."""
+    if self._queue:
+      return 1
+    if self._pool.heavy:
+      return max(n_rows // 2, 1)
+    return n_rows * 3 // 4 if n_rows >= 4 else n_rows
 
   def _program(self, n_rows: int, steps: drawing.DrawSteps) -> tuple[int, drawing.DrawSteps]:
     """Rows and steps of the program to run: one that has been compiled before, if it does no more than a few times the work.

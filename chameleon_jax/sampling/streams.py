@@ -90,7 +90,7 @@ class StreamPool:
     known: set[tuple[int, int]],
     multiple: int = 1,
     piece: int = 512,
-    light_bytes: int | None = None,
+    light_bytes: int = LIGHT_BYTES,
   ):
     """Makes a pool without a cache; the first stream makes one.
 
@@ -101,7 +101,7 @@ class StreamPool:
       known: streams and slots of caches used before; added to.
       multiple: the number of streams is a multiple of it (batch shards of a mesh).
       piece: tokens of a prompt that are filled in at once, at most.
-      light_bytes: up to this size of a cache, the number of programs counts for more than the size; LIGHT_BYTES by default.
+      light_bytes: up to this size of a cache, the number of programs counts for more than the size.
     """
     self._make_cache = make_cache
     self._forward = forward
@@ -109,7 +109,7 @@ class StreamPool:
     self._multiple = multiple
     self._piece = piece
     self._known = known
-    self._light_bytes = LIGHT_BYTES if light_bytes is None else light_bytes
+    self._light_bytes = light_bytes
     least = jax.make_jaxpr(functools.partial(make_cache, multiple, MIN_SLOTS))().out_avals
     self._slot_bytes = sum(array.size * array.dtype.itemsize for array in least) / (multiple * MIN_SLOTS)
     self._streams: list[Stream | None] = []
@@ -145,19 +145,16 @@ class StreamPool:
     """
     used = sum(stream is not None for stream in self._streams)
     least = size(used - len(idle) + n, multiple=self._multiple)
-    shrinks = self._may_shrink(least)
-    if used + n > self.n_streams or shrinks:
+    streams = self.n_streams
+    if used + n > streams or self._may_shrink(least):
       for stream in idle:
         self.set_aside(stream)
       streams = least
-    else:
-      streams = self.n_streams
-    now, finally_ = (min(power_of_two(k, smallest=MIN_SLOTS), self._max_slots) for k in (slots, finally_slots or slots))
-    wanted = now if self._weighs(streams, finally_) else finally_
-    if wanted < self.slots and not (self.heavy and wanted * 4 <= self.slots):
-      wanted = self.slots
-    if (streams, wanted) != (self.n_streams, self.slots):
-      self._resize(streams, wanted)
+    now, final = (min(power_of_two(k, smallest=MIN_SLOTS), self._max_slots) for k in (slots, finally_slots or slots))
+    wanted = now if self._weighs(streams, final) else final
+    if not (self.heavy and wanted * 4 <= self.slots):
+      wanted = max(wanted, self.slots)
+    self._resize(streams, wanted)
 
   def _may_shrink(self, target: int) -> bool:
     return target < self.n_streams and (self.heavy or target * 4 <= self.n_streams or (target, self.slots) in self._known)
@@ -172,17 +169,17 @@ class StreamPool:
     return self.slots - max(growing) if growing else self._max_slots
 
   def _resize(self, n: int, slots: int) -> None:
-    """Moves the streams into the first rows of a cache of `n` rows."""
+    """Moves the streams into the first rows of a cache of `n` rows of `slots` slots, unless it is of that size."""
+    if (n, slots) == (self.n_streams, self.slots):
+      return
     kept = [stream for stream in self._streams if stream is not None]
-    if not kept:  # nothing to move: slots may become fewer, too
-      self.cache = None
-      self.cache = self._make_cache(n, slots)
-    elif (n, slots) != (self.n_streams, self.slots):
+    if kept:
       places = np.zeros(n, np.int32)
       places[: len(kept)] = [stream.index for stream in kept]
       self.cache = loop.resize(self.cache, places, slots=slots)
-    else:
-      return
+    else:  # nothing to move: the old cache goes before the new one comes
+      self.cache = None
+      self.cache = self._make_cache(n, slots)
     for place, stream in enumerate(kept):
       stream.place = place
     self._streams = [*kept, *[None] * (n - len(kept))]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.config import SamplingOptions
-from chameleon_jax.sampling import loop, streams
+from chameleon_jax.sampling import guidance, loop, streams
 from tests.sampling.scripted import CONTEXT, FUNCTIONS, V, example_prompts, make_engine, scripts
 
 
@@ -91,15 +91,27 @@ def test_a_long_prompt_is_filled_while_the_others_go_on():
   assert [lines[short], lines[late]] == [row.tolist() for row in expected]
 
 
-def test_a_heavy_cache_grows_with_its_rows_and_shrinks_as_they_end():
+def test_a_heavy_cache_grows_with_its_rows_and_shrinks_as_they_end(monkeypatch):
   """The tokens are those of a cache that has all its slots from the start."""
   prompts = [*example_prompts(), *example_prompts()]
   options = [SamplingOptions(max_new_tokens=n, seed=3) for n in (4, 9, 16, 21, 25, 28, 30, 40)]
   options = [options[row % len(options)] for row in range(len(prompts))]
   usual = make_engine().generate_tokens(prompts, options)
+  monkeypatch.setattr(guidance, 'LEAST_STEPS', 1)  # the context is shorter than the usual 64
+  sizes = []
+  resize = streams.StreamPool._resize
+
+  def seen(pool, n, slots):
+    resize(pool, n, slots)
+    sizes.append((pool.n_streams, pool.slots))
+
+  monkeypatch.setattr(streams.StreamPool, '_resize', seen)
   engine = make_engine()
   engine._pool._light_bytes = 0
   assert [row.tolist() for row in engine.generate_tokens(prompts, options)] == [row.tolist() for row in usual]
+  most = max(n for n, _ in sizes)
+  assert {slots for _, slots in sizes} == {32, CONTEXT} and sizes[0][1] == 32  # grew
+  assert sizes[-1][0] <= most // 4 and most // 2 in {n for n, _ in sizes}  # by halves
 
 
 def test_slots_of_light_and_heavy_caches():
