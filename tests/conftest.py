@@ -1,4 +1,4 @@
-"""Set-up of every test run: eight CPU devices, compiled programs kept between runs, shapes and types checked.
+"""Set-up of every test run: eight CPU devices, compiled programs kept between runs and barely optimised, shapes and types checked.
 
 All of it must happen before jax starts, so nothing of the package is imported here.
 """
@@ -25,6 +25,8 @@ os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_p
 os.environ.setdefault('NPROC', '32')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _compilation_cache())
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
+# Tiny programs take longer to optimise than to run. With 0 the tests run the programs that users do.
+os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
 import beartype  # noqa: E402
 import jaxtyping  # noqa: E402

@@ -42,7 +42,8 @@ from chameleon_jax.data.encode import prepared
 from chameleon_jax.data.pipeline import make_batches
 from chameleon_jax.data.sources import source as registry
 from chameleon_jax.data.sources.source import make_source
-from chameleon_jax.data.tokenize import Tokenization, TokenizeJob
+from chameleon_jax.data.tokenize import Tokenization
+from chameleon_jax.data.tokenize_folder import TokenizeJob
 from chameleon_jax.data.tokenize_run import run as tokenize
 from chameleon_jax.interop.native import ModelParts, abstract_vqgan
 from chameleon_jax.interop.opening import load_tokenizers

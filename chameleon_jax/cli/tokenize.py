@@ -80,7 +80,7 @@ def main(argv: Sequence[str]) -> int:
   if unknown or not values.split:
     raise ConfigError(f'--split takes train, validation or both, got {",".join(values.split)!r}')
   from chameleon_jax.data.sources.source import make_source
-  from chameleon_jax.data.tokenize import TokenizeJob
+  from chameleon_jax.data.tokenize_folder import TokenizeJob
 
   sizes = {split: len(make_source(values.source, split)) for split in dict.fromkeys(values.split)}
   if not any(sizes.values()):

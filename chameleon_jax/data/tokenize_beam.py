@@ -12,7 +12,8 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
 
-from chameleon_jax.data.tokenize import Report, Tokenization, TokenizeJob, complete, write_table
+from chameleon_jax.data.tokenize import Tokenization
+from chameleon_jax.data.tokenize_folder import Report, TokenizeJob, complete, write_table
 from chameleon_jax.data.tokenize_run import LoadTokenizers
 from chameleon_jax.errors import ConfigError
 

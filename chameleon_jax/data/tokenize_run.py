@@ -18,7 +18,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from chameleon_jax.data.tokenize import Progress, Report, Tokenization, TokenizeJob, Tokenizers, complete, finished, write_table
+from chameleon_jax.data.tokenize import Tokenization, Tokenizers
+from chameleon_jax.data.tokenize_folder import Progress, Report, TokenizeJob, complete, finished, write_table
 from chameleon_jax.errors import ChameleonError, DataError
 
 LoadTokenizers = Callable[[], Tokenizers]

@@ -12,7 +12,8 @@ from chameleon_jax.data.encode import make_encoder, prepared
 from chameleon_jax.data.sources import source as registry
 from chameleon_jax.data.sources.record import Record
 from chameleon_jax.data.sources.source import make_source
-from chameleon_jax.data.tokenize import Report, Tokenization, TokenizeJob, TooManyRejects, finished, write_table
+from chameleon_jax.data.tokenize import Tokenization
+from chameleon_jax.data.tokenize_folder import Report, TokenizeJob, TooManyRejects, finished, write_table
 from chameleon_jax.errors import ConfigError, DataError
 from chameleon_jax.interop.opening import load_tokenizers
 from chameleon_jax.models.vqgan.model import VQGAN

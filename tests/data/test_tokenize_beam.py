@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip('apache_beam')
 
 from chameleon_jax.data import tokenize_beam
-from chameleon_jax.data.tokenize import TokenizeJob
+from chameleon_jax.data.tokenize_folder import TokenizeJob
 from chameleon_jax.data.tokenize_run import run
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.interop.opening import load_tokenizers

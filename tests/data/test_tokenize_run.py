@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from chameleon_jax.data import tokenize_run
-from chameleon_jax.data.tokenize import TokenizeJob, TooManyRejects
+from chameleon_jax.data.tokenize_folder import TokenizeJob, TooManyRejects
 from chameleon_jax.data.tokenize_run import run
 from chameleon_jax.errors import DataError
 from chameleon_jax.interop.opening import load_tokenizers
@@ -70,7 +70,7 @@ def test_two_processes_make_the_same(data, alone, tiny_model_folder, tmp_path):
 
 SCRIPT = '''
 import functools, sys
-from chameleon_jax.data.tokenize import TokenizeJob
+from chameleon_jax.data.tokenize_folder import TokenizeJob
 from chameleon_jax.data.tokenize_run import run
 from chameleon_jax.interop.opening import load_tokenizers
 from chameleon_jax.data.sources import jsonl

@@ -8,7 +8,7 @@ import pytest
 from chameleon_jax import presets
 from chameleon_jax.config import CheckpointConfig, DataConfig, MeshConfig, OptimizerConfig, StageConfig, TrainConfig, VocabularyConfig
 from chameleon_jax.data import pipeline
-from chameleon_jax.data.tokenize import TokenizeJob
+from chameleon_jax.data.tokenize_folder import TokenizeJob
 from chameleon_jax.data.tokenize_run import run
 from chameleon_jax.errors import ChameleonError
 from chameleon_jax.interop.opening import load_tokenizers

@@ -10,7 +10,7 @@ from chameleon_jax.config import VocabularyConfig
 from chameleon_jax.data.sources import tokenized
 from chameleon_jax.data.sources.fingerprint import fingerprint
 from chameleon_jax.data.sources.source import make_source
-from chameleon_jax.data.tokenize import TokenizeJob
+from chameleon_jax.data.tokenize_folder import TokenizeJob
 from chameleon_jax.data.tokenize_run import run
 from chameleon_jax.errors import DataError
 from chameleon_jax.interop.native import ModelParts
