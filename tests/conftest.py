@@ -39,6 +39,14 @@ sys.modules[_checker.__name__] = _checker
 jaxtyping.install_import_hook('chameleon_jax', f'{_checker.__name__}.check')
 
 
+@pytest.fixture
+def types_unchecked():
+  """For a test of many small calls, whose types other tests check: the checks take longer than the calls."""
+  jaxtyping.config.update('jaxtyping_disable', True)
+  yield
+  jaxtyping.config.update('jaxtyping_disable', False)
+
+
 @pytest.fixture(scope='session')
 def tiny_model_folder(tmp_path_factory) -> pathlib.Path:
   """A model folder with random weights and all parts: 16 codes a picture, a vocabulary with room for all bytes."""

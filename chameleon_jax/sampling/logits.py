@@ -176,9 +176,12 @@ def process(
   return scores
 
 
+_fold_in_each = jax.jit(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))  # one call: every request makes its key
+
+
 def row_keys(seed: int, rows: Int[np.ndarray, ' B']) -> Key[Array, ' B']:
   """One key per row, folded from the seed and the row's number in the request."""
-  return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.asarray(rows))
+  return _fold_in_each(jax.random.key(seed), jnp.asarray(rows))
 
 
 def draw(

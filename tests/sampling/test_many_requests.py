@@ -75,7 +75,7 @@ def check(prompt, options, n_open, tokens, finished):
 
 
 @pytest.mark.slow
-def test_ten_thousand_random_requests():
+def test_ten_thousand_random_requests(types_unchecked):
   rng = np.random.default_rng(0)
   table = scripts()[1].copy()
   table[:, [V.end_sequence, V.end_turn]] += 2  # short rows among long ones
