@@ -1,7 +1,7 @@
 """Which part of a model lies on one device of a mesh: exact bytes from the project's own shapes and shardings, without a device.
 
-Parameters, moments and gradients come from `jax.eval_shape` of the training state and `shard_shape` of its shardings on an abstract
-mesh; the cache of the sampler from its own `init_cache`. Nothing here is a model or an estimate.
+Parameters, trained and frozen, gradients and what the optimizer keeps come from `jax.eval_shape` of the training state, the run's own
+optimizer and the run's own split included, and `shard_shape` of its shardings on an abstract mesh; the cache of the sampler from its own `init_cache`. Nothing here is a model or an estimate.
 
 Does not know: what a step needs beside these (`memory.py`), nor speeds.
 """
@@ -18,13 +18,14 @@ import optax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from chameleon_jax.array_types import PyTree
-from chameleon_jax.config import Dtype, MeshConfig, OptimizerConfig, TrainConfig, TransformerConfig
+from chameleon_jax.config import Dtype, FineTuneConfig, MeshConfig, OptimizerConfig, TrainConfig, TransformerConfig
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer.cache import init_cache
 from chameleon_jax.models.transformer.model import Transformer, decoding_params
 from chameleon_jax.partitioning import AXES, RULES, shardings_of
 from chameleon_jax.training.optimizer import make_optimizer
-from chameleon_jax.training.state import abstract_state, unboxed
+from chameleon_jax.training.state import abstract_frozen, abstract_state, unboxed
+from chameleon_jax.training.trainable import Tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +72,43 @@ class WeightBytes:
   """Bytes on the fullest device.
 
   Attributes:
-    parameters: master weights.
-    optimizer: moments and counters.
+    parameters: master weights; those that train.
+    optimizer: what the optimizer keeps of them, and its counters.
     gradients: of one backward pass, laid out as the parameters.
+    frozen: parameters that are only read.
+    copies: of the device's share of the layers' matrices in the compute type, where they are kept in another one.
   """
 
   parameters: int
   optimizer: int
   gradients: int
+  frozen: int = 0
+  copies: int = 0
 
   @property
   def state(self) -> int:
-    """What stays between two steps."""
+    """What an update reads and writes."""
     return self.parameters + self.optimizer
+
+  @property
+  def resident(self) -> int:
+    """What stays between two steps."""
+    return self.state + self.frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeGradients:
+  """Bytes of float32 gradients on a device before those that share a batch add them up; 0 of what does not train.
+
+  Attributes:
+    feed_forward: of one layer, of what lies there.
+    head: of the output projection; of all its rows, also where only some train.
+    embedding: of the whole table, however it is split.
+  """
+
+  feed_forward: int
+  head: int
+  embedding: int
 
 
 def itemsize(dtype: Dtype) -> int:
@@ -106,17 +131,94 @@ def _optimizer(config: OptimizerConfig, n_steps: int) -> optax.GradientTransform
   return make_optimizer(config, n_steps)  # one object, so that the state is traced once for all meshes
 
 
+def _plain(model: TransformerConfig) -> TransformerConfig:
+  """Without what decides programs and not parameters, so that what is cached serves all of them."""
+  return dataclasses.replace(model, remat='none', dropout=0.0, sequence_parallel=False)
+
+
+def _named(tree: PyTree) -> list[tuple[list[str], jax.ShapeDtypeStruct]]:
+  """Leaves with the names along their paths."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [(jax.tree_util.keystr(path, simple=True, separator='/').split('/'), leaf) for path, leaf in leaves]
+
+
 @functools.lru_cache(maxsize=4096)
-def _weight_bytes(model: TransformerConfig, optimizer: OptimizerConfig, layout: Layout) -> WeightBytes:
-  state = abstract_state(Transformer(model), _optimizer(optimizer, 1000), layout.mesh())
+def _weight_bytes(model: TransformerConfig, optimizer: OptimizerConfig, fine_tune: FineTuneConfig, layout: Layout) -> WeightBytes:
+  network, tuning, mesh = Transformer(model), Tuning(fine_tune), layout.mesh()
+  state = abstract_state(network, _optimizer(optimizer, 1000), mesh, tuning)
+  frozen = abstract_frozen(network, mesh, tuning)
+  compute = jnp.dtype(model.dtype)
+
+  def copied(names: list[str], leaf: jax.ShapeDtypeStruct) -> bool:
+    in_product = names[-1].endswith('_proj') or (names[-1] in ('a', 'b') and names[-2].endswith('_proj'))
+    return names[0].startswith('layers') and in_product and leaf.dtype != compute
+
+  copies = [
+      jax.ShapeDtypeStruct(leaf.shape, compute, sharding=leaf.sharding)
+      for tree in (state.params, frozen)
+      for names, leaf in _named(tree)
+      if copied(names, leaf)
+  ]
   parameters = bytes_per_device(state.params)
-  return WeightBytes(parameters, bytes_per_device(state.opt_state), parameters)
+  return WeightBytes(parameters, bytes_per_device(state.opt_state), parameters, bytes_per_device(frozen), bytes_per_device(copies))
 
 
 def weight_bytes(config: TrainConfig, layout: Layout) -> WeightBytes:
-  """Of a training run on a mesh; call `misfit` first."""
+  """Of a training run on a mesh, whatever its optimizer and whatever it freezes; call `misfit` first."""
   optimizer = dataclasses.replace(config.optimizer, accumulate_steps=1)
-  return _weight_bytes(dataclasses.replace(config.model, remat='none', dropout=0.0), optimizer, layout)
+  return _weight_bytes(_plain(config.model), optimizer, config.fine_tune, layout)
+
+
+@functools.lru_cache(maxsize=256)
+def _trained(model: TransformerConfig, fine_tune: FineTuneConfig, layout: Layout) -> list[tuple[list[str], jax.ShapeDtypeStruct]]:
+  return _named(abstract_state(Transformer(model), optax.identity(), layout.mesh(), Tuning(fine_tune)).params)
+
+
+def whole_gradients(config: TrainConfig, layout: Layout) -> WholeGradients:
+  """Of a training run on a mesh; only its tensor axis splits them."""
+  model, found = _plain(config.model), {'feed_forward': 0, 'head': 0, 'embedding': 0}
+  for names, leaf in _trained(model, config.fine_tune, Layout(1, 1, layout.tensor)):
+    size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
+    if 'feed_forward' in names:
+      found['feed_forward'] += size // model.n_layers
+    elif names == ['lm_head']:
+      found['head'] = model.d_model * model.vocab_size // layout.tensor * 4
+    elif names[0] == 'lm_head':
+      found['head'] += size
+    elif names[0] == 'embedding':
+      found['embedding'] = math.prod(leaf.shape) * 4
+  return WholeGradients(**found)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+  """Weights of the whole model that take part in products and have a gradient.
+
+  Attributes:
+    layers: matrices of all layers.
+    head: the output projection.
+    thin: adapters, of the layers and of the head, beside the matrices above.
+    below: whether anything trains below the head, so that a backward pass runs through the layers.
+  """
+
+  layers: int
+  head: int
+  thin: int
+  below: bool
+
+
+def trained_weights(config: TrainConfig) -> Trained:
+  """Of a training run."""
+  model, sizes, below = _plain(config.model), {'layers': 0, 'head': 0, 'thin': 0}, False
+  for names, leaf in _trained(model, config.fine_tune, Layout(1, 1, 1)):
+    below |= names[0] not in ('lm_head', 'final_norm')
+    if names[-1] in ('a', 'b'):
+      sizes['thin'] += math.prod(leaf.shape)
+    elif names[-1].endswith('_proj'):
+      sizes['layers'] += math.prod(leaf.shape)
+    elif names[0] == 'lm_head':
+      sizes['head'] = model.d_model * model.vocab_size  # of all rows, also where only some train
+  return Trained(**sizes, below=below)
 
 
 @functools.lru_cache(maxsize=16)

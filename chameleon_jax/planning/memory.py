@@ -10,15 +10,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal
 from jax.sharding import use_abstract_mesh
 
 from chameleon_jax.array_types import Array, Params, PyTree
-from chameleon_jax.config import TrainConfig, TransformerConfig
+from chameleon_jax.config import FineTuneConfig, TrainConfig, TransformerConfig
+from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer.model import Transformer
-from chameleon_jax.planning.layout import Layout, boxed_params, cache_bytes, decoding_bytes, itemsize, weight_bytes
+from chameleon_jax.planning.layout import Layout, boxed_params, cache_bytes, decoding_bytes, itemsize, weight_bytes, whole_gradients
 from chameleon_jax.planning.speed import Requests, matmul_weights
 from chameleon_jax.sampling.streams import FILL_ROWS
 from chameleon_jax.training.state import unboxed
+from chameleon_jax.training.trainable import FULL, Tuning
 
 Parts = dict[str, int]  # what is alive -> bytes of one device
 
@@ -52,7 +56,7 @@ class Memory:
 def share_of_device(model: TransformerConfig, layout: Layout) -> TransformerConfig:
   """The transformer as one device of the tensor axis computes it: its heads and its part of the inner width."""
   heads = {name: getattr(model, name) // layout.tensor for name in ('n_heads', 'n_kv_heads', 'd_ff')}
-  return dataclasses.replace(model, scan_layers=True, **heads)
+  return dataclasses.replace(model, scan_layers=True, sequence_parallel=False, **heads)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,44 +74,84 @@ class Kept:
   rest: int
 
 
-def kept(model: TransformerConfig, rows: int, length: int) -> Kept:
-  """Traces the transformer of one device's share on one row and counts; all that is large grows with the rows."""
-  return Kept(*(rows * size for size in dataclasses.astuple(_kept(model, length))))
+def kept(model: TransformerConfig, rows: int, length: int, *, fine_tune: FineTuneConfig = FineTuneConfig(), pieces: int = 1) -> Kept:
+  """Traces the transformer of one device's share and counts what the gradient of the trained parameters needs.
+
+  Args:
+    model: of the device, see `share_of_device`.
+    rows, length: of a microbatch on the device.
+    fine_tune: what trains.
+    pieces: devices that the residual stream between the blocks is split over (`sequence_parallel`). What is [rows, length, d_model]
+      is then a piece, but for the two inputs of a layer's projections, which are gathered: kept whole where nothing is recomputed.
+  """
+  each, once, split = map(dataclasses.astuple, _kept(model, length, fine_tune))
+  if pieces > 1 and model.d_ff == model.d_model:  # the stream is told by its shape, so nothing else may have it
+    split = dataclasses.astuple(_kept(dataclasses.replace(model, d_ff=2 * model.d_ff), length, fine_tune)[2])
+  return Kept(*(fixed + rows * (row - part + part // pieces) for row, fixed, part in zip(each, once, split)))
+
+
+_ROWS, _LAYERS = 10_007, 3  # of a trace: what grows with the rows has this prime in its size; all layers are alike
 
 
 @functools.lru_cache(maxsize=256)
-def _kept(model: TransformerConfig, length: int) -> Kept:
-  """Of one row; two layers are enough, since all are alike."""
-  model = dataclasses.replace(model, n_layers=2)
-  network = Transformer(model)
-  ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+def _kept(model: TransformerConfig, length: int, fine_tune: FineTuneConfig) -> tuple[Kept, Kept, Kept]:
+  """(what each row leaves, what is there once, what of a row is on the stream between the blocks)."""
+  model = dataclasses.replace(model, n_layers=_LAYERS)
+  network, tuning, compute = Transformer(model), _tuning(model, fine_tune), jnp.dtype(model.dtype)
+  ids = jax.ShapeDtypeStruct((_ROWS, length), jnp.int32)
   key = jax.eval_shape(lambda: jax.random.key(0))
   params = unboxed(boxed_params(dataclasses.replace(model, remat='none')))
 
   def backward(params: Params, tokens: Array, segment_ids: Array, positions: Array, key: Array) -> PyTree:
-    def hidden(params: Params) -> Array:
-      options = {'positions': positions, 'segment_ids': segment_ids, 'deterministic': False, 'rngs': {'dropout': key}}
-      return network.apply({'params': params}, tokens, method='hidden', **options)[0]
+    trained, frozen = params
 
-    return jax.vjp(hidden, params)[1]  # what this function closes over is what was kept
+    def hidden(trained: Params) -> Array:
+      options = {'positions': positions, 'segment_ids': segment_ids, 'deterministic': False, 'rngs': {'dropout': key}}
+      return network.apply(tuning.variables(trained, frozen), tokens, method='hidden', **options)[0]
+
+    return jax.vjp(hidden, trained)[1]  # what this function closes over is what was kept
 
   with use_abstract_mesh(Layout(1, 1, 1).mesh()):
-    jaxpr = jax.make_jaxpr(backward)(params, ids, ids, ids, key).jaxpr
+    jaxpr = jax.make_jaxpr(backward)(jax.eval_shape(tuning.split, params, key), ids, ids, ids, key).jaxpr
   given = set(jaxpr.invars)
-  found = [leaf.aval for leaf in jaxpr.outvars if leaf not in given]
-  stacked = [aval for aval in found if aval.shape[:1] == (2,)]
-  layers, everything = (sum(aval.size * aval.dtype.itemsize for aval in avals) for avals in (stacked, found))
-  narrow = sum(aval.size * min(aval.dtype.itemsize, itemsize(model.dtype)) for aval in stacked)
-  return Kept(layers // 2, narrow // 2, everything - layers)
+  found = [leaf.aval for leaf in jaxpr.outvars if not isinstance(leaf, Literal) and leaf not in given]
+  whole = 2 if model.remat == 'none' else 0  # inputs of projections that are kept as they are read
+
+  sizes = np.zeros((3, 3), np.int64)  # the three results; their three fields, the layers' of all layers
+  for aval in found:
+    stacked = aval.shape[:1] == (_LAYERS,)
+    grows = aval.size % _ROWS == 0
+    count = np.array([1, 0, 0]) if stacked else np.array([0, 0, 1])
+    count = count * aval.size * aval.dtype.itemsize // (_ROWS if grows else 1)
+    if stacked:
+      count[1] = count[0] * min(aval.dtype.itemsize, compute.itemsize) // aval.dtype.itemsize
+    sizes[0 if grows else 1] += count
+    if aval.shape[-3:] != (_ROWS, length, model.d_model):
+      continue
+    if stacked and aval.dtype == compute and whole:
+      whole -= 1
+    else:
+      sizes[2] += count
+  return tuple(Kept(int(layers) // _LAYERS, int(narrow) // _LAYERS, int(rest)) for layers, narrow, rest in sizes)
+
+
+def _tuning(model: TransformerConfig, fine_tune: FineTuneConfig) -> Tuning:
+  """The split of a run, on scanned layers; one whose patterns name single layers counts as training everything."""
+  tuning = Tuning(fine_tune)
+  try:
+    jax.eval_shape(tuning.split, boxed_params(dataclasses.replace(model, remat='none')), jax.eval_shape(lambda: jax.random.key(0)))
+  except ConfigError:
+    return FULL
+  return tuning
 
 
 def train_memory(config: TrainConfig, layout: Layout) -> Memory:
   """One update on the fullest device.
 
-  Always there: master weights, moments, the batch. Beside them, at the moments that can be the worst:
+  Always there: master weights, what the optimizer keeps, frozen weights, the batch. Beside them, at the moments that can be the worst:
 
     loss        what was kept of all layers and of what has no layer; logits of one piece and their gradient; the output projection
-                whole, once in the compute type and once as the float32 gradient before it is reduced
+                whole, once in the compute type and, where it trains, once as the float32 gradient before it is reduced
     layer       what was kept; gradients of all layers; one layer's recomputed activations: all that its own backward pass keeps
     reduction   what was kept; gradients of all layers; the matrix products of one layer, and its feed-forward's gradients in
                 float32 before they are reduced over devices
@@ -117,34 +161,32 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
   over them, of the device's own share. With accumulation the gradients so far are there all the time, and those of one
   microbatch come on top.
   """
-  model, n_micro = config.model, config.optimizer.accumulate_steps
-  weights = weight_bytes(config, layout)
+  model, n_micro, fine_tune = config.model, config.optimizer.accumulate_steps, config.fine_tune
+  weights, whole = weight_bytes(config, layout), whole_gradients(config, layout)
   length, rows = config.data.seq_len, config.data.batch_size // n_micro // layout.batch_shards
   always: Parts = {
       'parameters': weights.parameters,
       'optimizer': weights.optimizer,
+      'frozen parameters': weights.frozen,
       'batch': 5 * 4 * rows * n_micro * length,
   }
   if n_micro > 1:
     always['accumulated gradients'] = weights.gradients
   share = share_of_device(model, layout)
-  saved = kept(share, rows, length)
-  recomputed = kept(dataclasses.replace(share, remat='none'), rows, length).narrow
-  products = kept(dataclasses.replace(share, remat='dots'), rows, length).layer
+  pieces = layout.tensor if model.sequence_parallel else 1
+  of = lambda remat: kept(dataclasses.replace(share, remat=remat), rows, length, fine_tune=fine_tune, pieces=pieces)
+  saved, recomputed, products = of(model.remat), of('none').narrow, of('dots').layer
   sharded = layout.batch_shards > 1
-  matrices, table = matmul_weights(model)
-  copied = matrices // (layout.fsdp * layout.tensor) * itemsize(model.dtype) if model.dtype != model.param_dtype else 0
-  forward: Parts = {'kept activations': saved.layer * model.n_layers, 'compute-type copy of weights': copied}
+  head = matmul_weights(model)[1] // layout.tensor
+  forward: Parts = {'kept activations': saved.layer * model.n_layers, 'compute-type copy of weights': weights.copies}
   logits = rows * (length // config.loss_chunks) * model.vocab_size // layout.tensor * 4
-  head = table // layout.tensor
-  feed_forward = 3 * model.d_model * share.d_ff
   moments: dict[str, Parts] = {
       'loss': {
           **always,
           **forward,
           'hidden states': saved.rest,
           'logits': 2 * logits,
-          'output projection, whole': head * (itemsize(model.dtype) + 4) if sharded else 0,
+          'output projection, whole': head * itemsize(model.dtype) + whole.head if sharded else 0,
       },
       'layer': {**always, **forward, 'gradients': weights.gradients, 'one layer, recomputed': recomputed},
       'reduction': {
@@ -152,9 +194,9 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
           **forward,
           'gradients': weights.gradients,
           'products of one layer': products,
-          'feed-forward gradients, whole': 4 * feed_forward if sharded else 0,
+          'feed-forward gradients, whole': whole.feed_forward if sharded else 0,
       },
-      'embedding': {**always, 'gradients': weights.gradients, 'embedding gradient, whole': 2 * 4 * table if sharded else 0},
+      'embedding': {**always, 'gradients': weights.gradients, 'embedding gradient, whole': 2 * whole.embedding if sharded else 0},
   }
   return Memory(moments)
 
