@@ -1,7 +1,8 @@
 """Which part of a model lies on one device of a mesh: exact bytes from the project's own shapes and shardings, without a device.
 
-Parameters, trained and frozen, gradients and what the optimizer keeps come from `jax.eval_shape` of the training state, the run's own
-optimizer and the run's own split included, and `shard_shape` of its shardings on an abstract mesh; the cache of the sampler from its own `init_cache`. Nothing here is a model or an estimate.
+Parameters, trained and frozen, gradients and what the optimizer keeps come from `jax.eval_shape` of the training state, with the run's
+own optimizer and its own split, and `shard_shape` of its shardings on an abstract mesh; the cache of the sampler from its own
+`init_cache`. Nothing here is a model or an estimate, but for which copies a compiler makes (`WeightBytes.copies`).
 
 Does not know: what a step needs beside these (`memory.py`), nor speeds.
 """
@@ -26,6 +27,8 @@ from chameleon_jax.partitioning import AXES, RULES, shardings_of
 from chameleon_jax.training.optimizer import make_optimizer
 from chameleon_jax.training.state import abstract_frozen, abstract_state, unboxed
 from chameleon_jax.training.trainable import Tuning
+
+Leaves = list[tuple[list[str], jax.ShapeDtypeStruct]]  # names along the path, and what lies there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +79,8 @@ class WeightBytes:
     optimizer: what the optimizer keeps of them, and its counters.
     gradients: of one backward pass, laid out as the parameters.
     frozen: parameters that are only read.
-    copies: of the device's share of the layers' matrices in the compute type, where they are kept in another one.
+    copies: of the device's share of the layers' matrices in the compute type, where they are kept in another one; and of attention
+      projections, [D, N, H], that are not gathered and that a gradient passes: the TPU compiler lays them out anew.
   """
 
   parameters: int
@@ -136,7 +140,7 @@ def _plain(model: TransformerConfig) -> TransformerConfig:
   return dataclasses.replace(model, remat='none', dropout=0.0, sequence_parallel=False)
 
 
-def _named(tree: PyTree) -> list[tuple[list[str], jax.ShapeDtypeStruct]]:
+def _named(tree: PyTree) -> Leaves:
   """Leaves with the names along their paths."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return [(jax.tree_util.keystr(path, simple=True, separator='/').split('/'), leaf) for path, leaf in leaves]
@@ -147,11 +151,12 @@ def _weight_bytes(model: TransformerConfig, optimizer: OptimizerConfig, fine_tun
   network, tuning, mesh = Transformer(model), Tuning(fine_tune), layout.mesh()
   state = abstract_state(network, _optimizer(optimizer, 1000), mesh, tuning)
   frozen = abstract_frozen(network, mesh, tuning)
-  compute = jnp.dtype(model.dtype)
+  compute, below = jnp.dtype(model.dtype), _below_head(_named(state.params))
 
   def copied(names: list[str], leaf: jax.ShapeDtypeStruct) -> bool:
     in_product = names[-1].endswith('_proj') or (names[-1] in ('a', 'b') and names[-2].endswith('_proj'))
-    return names[0].startswith('layers') and in_product and leaf.dtype != compute
+    laid_out_anew = 'attention' in names and layout.fsdp == 1 and below
+    return names[0].startswith('layers') and in_product and (leaf.dtype != compute or laid_out_anew)
 
   copies = [
       jax.ShapeDtypeStruct(leaf.shape, compute, sharding=leaf.sharding)
@@ -169,20 +174,24 @@ def weight_bytes(config: TrainConfig, layout: Layout) -> WeightBytes:
   return _weight_bytes(_plain(config.model), optimizer, config.fine_tune, layout)
 
 
-@functools.lru_cache(maxsize=256)
-def _trained(model: TransformerConfig, fine_tune: FineTuneConfig, layout: Layout) -> list[tuple[list[str], jax.ShapeDtypeStruct]]:
+def _trained(model: TransformerConfig, fine_tune: FineTuneConfig, layout: Layout) -> Leaves:
   return _named(abstract_state(Transformer(model), optax.identity(), layout.mesh(), Tuning(fine_tune)).params)
 
 
 def whole_gradients(config: TrainConfig, layout: Layout) -> WholeGradients:
   """Of a training run on a mesh; only its tensor axis splits them."""
-  model, found = _plain(config.model), {'feed_forward': 0, 'head': 0, 'embedding': 0}
-  for names, leaf in _trained(model, config.fine_tune, Layout(1, 1, layout.tensor)):
+  return _whole_gradients(_plain(config.model), config.fine_tune, layout.tensor)
+
+
+@functools.lru_cache(maxsize=256)
+def _whole_gradients(model: TransformerConfig, fine_tune: FineTuneConfig, tensor: int) -> WholeGradients:
+  found = {'feed_forward': 0, 'head': 0, 'embedding': 0}
+  for names, leaf in _trained(model, fine_tune, Layout(1, 1, tensor)):
     size = math.prod(leaf.sharding.shard_shape(leaf.shape)) * 4
     if 'feed_forward' in names:
       found['feed_forward'] += size // model.n_layers
     elif names == ['lm_head']:
-      found['head'] = model.d_model * model.vocab_size // layout.tensor * 4
+      found['head'] = model.d_model * model.vocab_size // tensor * 4
     elif names[0] == 'lm_head':
       found['head'] += size
     elif names[0] == 'embedding':
@@ -209,16 +218,26 @@ class Trained:
 
 def trained_weights(config: TrainConfig) -> Trained:
   """Of a training run."""
-  model, sizes, below = _plain(config.model), {'layers': 0, 'head': 0, 'thin': 0}, False
-  for names, leaf in _trained(model, config.fine_tune, Layout(1, 1, 1)):
-    below |= names[0] not in ('lm_head', 'final_norm')
+  return _trained_weights(_plain(config.model), config.fine_tune)
+
+
+@functools.lru_cache(maxsize=16)
+def _trained_weights(model: TransformerConfig, fine_tune: FineTuneConfig) -> Trained:
+  sizes = {'layers': 0, 'head': 0, 'thin': 0}
+  leaves = _trained(model, fine_tune, Layout(1, 1, 1))
+  for names, leaf in leaves:
     if names[-1] in ('a', 'b'):
       sizes['thin'] += math.prod(leaf.shape)
     elif names[-1].endswith('_proj'):
       sizes['layers'] += math.prod(leaf.shape)
     elif names[0] == 'lm_head':
       sizes['head'] = model.d_model * model.vocab_size  # of all rows, also where only some train
-  return Trained(**sizes, below=below)
+  return Trained(**sizes, below=_below_head(leaves))
+
+
+def _below_head(leaves: Leaves) -> bool:
+  """Whether any of the trained leaves lies below the head."""
+  return any(names[0] not in ('lm_head', 'final_norm') for names, _ in leaves)
 
 
 @functools.lru_cache(maxsize=16)

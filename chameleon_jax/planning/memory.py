@@ -18,7 +18,7 @@ from chameleon_jax.array_types import Array, Params, PyTree
 from chameleon_jax.config import FineTuneConfig, TrainConfig, TransformerConfig
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer.model import Transformer
-from chameleon_jax.planning.layout import Layout, boxed_params, cache_bytes, decoding_bytes, itemsize, weight_bytes, whole_gradients
+from chameleon_jax.planning.layout import Layout, boxed_params, cache_bytes, decoding_bytes, itemsize, trained_weights, weight_bytes, whole_gradients
 from chameleon_jax.planning.speed import Requests, matmul_weights
 from chameleon_jax.sampling.streams import FILL_ROWS
 from chameleon_jax.training.state import unboxed
@@ -151,8 +151,10 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
   Always there: master weights, what the optimizer keeps, frozen weights, the batch. Beside them, at the moments that can be the worst:
 
     loss        what was kept of all layers and of what has no layer; logits of one piece and their gradient; the output projection
-                whole, once in the compute type and, where it trains, once as the float32 gradient before it is reduced
-    layer       what was kept; gradients of all layers; one layer's recomputed activations: all that its own backward pass keeps
+                whole, once in the compute type and, where it trains, once as the float32 gradient before it is reduced; one after
+                the other where nothing below it trains
+    layer       what was kept; gradients of all layers; one layer's recomputed activations: all that its own backward pass keeps, or
+                would keep where nothing below the head trains and layers run forward only
     reduction   what was kept; gradients of all layers; the matrix products of one layer, and its feed-forward's gradients in
                 float32 before they are reduced over devices
     embedding   gradients of all layers; twice the whole table in float32: the scattered gradient and its sum over devices
@@ -161,7 +163,7 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
   over them, of the device's own share. With accumulation the gradients so far are there all the time, and those of one
   microbatch come on top.
   """
-  model, n_micro, fine_tune = config.model, config.optimizer.accumulate_steps, config.fine_tune
+  model, n_micro = config.model, config.optimizer.accumulate_steps
   weights, whole = weight_bytes(config, layout), whole_gradients(config, layout)
   length, rows = config.data.seq_len, config.data.batch_size // n_micro // layout.batch_shards
   always: Parts = {
@@ -174,10 +176,16 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
     always['accumulated gradients'] = weights.gradients
   share = share_of_device(model, layout)
   pieces = layout.tensor if model.sequence_parallel else 1
-  of = lambda remat: kept(dataclasses.replace(share, remat=remat), rows, length, fine_tune=fine_tune, pieces=pieces)
-  saved, recomputed, products = of(model.remat), of('none').narrow, of('dots').layer
+  below = trained_weights(config).below
+
+  def of(remat: str, fine_tune: FineTuneConfig = config.fine_tune) -> Kept:
+    return kept(dataclasses.replace(share, remat=remat), rows, length, fine_tune=fine_tune, pieces=pieces)
+
+  saved, products = of(model.remat), of('dots').layer
+  at_work = (of('none') if below else of('none', FineTuneConfig())).narrow
   sharded = layout.batch_shards > 1
-  head = matmul_weights(model)[1] // layout.tensor
+  head = matmul_weights(model)[1] // layout.tensor * itemsize(model.dtype)
+  projection = head + whole.head if below else max(head, whole.head)
   forward: Parts = {'kept activations': saved.layer * model.n_layers, 'compute-type copy of weights': weights.copies}
   logits = rows * (length // config.loss_chunks) * model.vocab_size // layout.tensor * 4
   moments: dict[str, Parts] = {
@@ -186,9 +194,9 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
           **forward,
           'hidden states': saved.rest,
           'logits': 2 * logits,
-          'output projection, whole': head * itemsize(model.dtype) + whole.head if sharded else 0,
+          'output projection, whole': projection if sharded else 0,
       },
-      'layer': {**always, **forward, 'gradients': weights.gradients, 'one layer, recomputed': recomputed},
+      'layer': {**always, **forward, 'gradients': weights.gradients, 'one layer, recomputed': at_work},
       'reduction': {
           **always,
           **forward,

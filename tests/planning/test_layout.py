@@ -76,11 +76,12 @@ def test_cache_of_grouped_heads():
 
 
 def test_adapters_and_frozen_weights_of_seven_b():
-  """Rank 16: a pair of (D + out) x 16 for q, k, v, o (D wide) and (D + F) x 16 thrice; the rest lies in two bytes, nothing of it copied."""
+  """Rank 16: a pair of (D + out) x 16 for q, k, v, o (D wide) and (D + F) x 16 thrice; the rest lies in two bytes, attention's twice."""
   config = dataclasses.replace(seven_b(), fine_tune=FineTuneConfig(method='lora'))
   adapters = 4 * L * 16 * (4 * 2 * D + 3 * (D + F))
   found = weight_bytes(config, Layout(1, 1, 1))
-  assert found == WeightBytes(adapters, 2 * adapters + 8, adapters, frozen=2 * (MATRICES + VECTORS), copies=adapters // 2)
+  copies = adapters // 2 + 2 * L * 4 * D * D
+  assert found == WeightBytes(adapters, 2 * adapters + 8, adapters, frozen=2 * (MATRICES + VECTORS), copies=copies)
   assert found.state == 3 * adapters + 8 and found.resident == found.state + found.frozen
   assert trained_weights(config) == Trained(layers=0, head=0, thin=adapters // 4, below=True)
 

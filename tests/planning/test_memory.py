@@ -75,7 +75,7 @@ def test_parts_add_up_and_the_worst_moment_is_the_largest():
 
 def test_accumulation_trades_activations_for_a_second_set_of_gradients():
   once, twice = (train_memory(run('7b', 32, accumulate=n), Layout(1, 16, 1)) for n in (1, 2))
-  assert 2 * twice.parts['kept activations'] == once.parts['kept activations']
+  assert 2 * twice.parts['kept activations'] == pytest.approx(once.parts['kept activations'], abs=2048)  # the keys of dropout are few
   assert twice.parts['accumulated gradients'] == twice.parts['gradients'] == once.parts['gradients']
   assert 'accumulated gradients' not in once.parts
 
