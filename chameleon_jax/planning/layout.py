@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
+from optax.contrib import MuonDimensionNumbers
 
 from chameleon_jax.array_types import PyTree
 from chameleon_jax.config import Dtype, FineTuneConfig, MeshConfig, OptimizerConfig, TrainConfig, TransformerConfig
@@ -24,7 +25,7 @@ from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer.cache import init_cache
 from chameleon_jax.models.transformer.model import Transformer, decoding_params
 from chameleon_jax.partitioning import AXES, RULES, shardings_of
-from chameleon_jax.training.optimizer import make_optimizer
+from chameleon_jax.training.optimizer import make_optimizer, matrices
 from chameleon_jax.training.state import abstract_frozen, abstract_state, unboxed
 from chameleon_jax.training.trainable import Tuning
 
@@ -197,6 +198,25 @@ def _whole_gradients(model: TransformerConfig, fine_tune: FineTuneConfig, tensor
     elif names[0] == 'embedding':
       found['embedding'] = math.prod(leaf.shape) * 4
   return WholeGradients(**found)
+
+
+def orthogonalised(config: TrainConfig, layout: Layout) -> tuple[int, int]:
+  """(entries of the largest stack of matrices that Muon orthogonalises at once, entries of the stack of their products X X^T).
+
+  Scanned layers are one stack. The first is what a device of the tensor axis has of it; (0, 0) without Muon.
+  """
+  model, largest = _plain(config.model), (0, 0)
+  if config.optimizer.name != 'muon':
+    return largest
+  params = abstract_state(Transformer(model), optax.identity(), Layout(1, 1, 1).mesh(), Tuning(config.fine_tune)).params
+  axes = dict(jax.tree_util.tree_leaves_with_path(matrices(params), is_leaf=lambda found: isinstance(found, MuonDimensionNumbers)))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    if path not in axes:
+      continue
+    rows, columns = (math.prod(leaf.shape[axis] for axis in side) for side in axes[path])
+    n_stacked = math.prod(leaf.shape) // (rows * columns)
+    largest = max(largest, (n_stacked * rows * columns // layout.tensor, n_stacked * min(rows, columns) ** 2))
+  return largest
 
 
 @dataclasses.dataclass(frozen=True)

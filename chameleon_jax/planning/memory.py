@@ -18,7 +18,17 @@ from chameleon_jax.array_types import Array, Params, PyTree
 from chameleon_jax.config import FineTuneConfig, TrainConfig, TransformerConfig
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer.model import Transformer
-from chameleon_jax.planning.layout import Layout, boxed_params, cache_bytes, decoding_bytes, itemsize, trained_weights, weight_bytes, whole_gradients
+from chameleon_jax.planning.layout import (
+  Layout,
+  boxed_params,
+  cache_bytes,
+  decoding_bytes,
+  itemsize,
+  orthogonalised,
+  trained_weights,
+  weight_bytes,
+  whole_gradients,
+)
 from chameleon_jax.planning.speed import Requests, matmul_weights
 from chameleon_jax.sampling.streams import FILL_ROWS
 from chameleon_jax.training.state import unboxed
@@ -158,6 +168,8 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
     reduction   what was kept; gradients of all layers; the matrix products of one layer, and its feed-forward's gradients in
                 float32 before they are reduced over devices
     embedding   gradients of all layers; twice the whole table in float32: the scattered gradient and its sum over devices
+    update      of Muon alone, others work in place: gradients; of the largest stack of hidden matrices three copies that no axis but
+                tensor splits, and four of their products X X^T, in two bytes. The most that was seen; the compiler may need less
 
   Until the layers are done, the compiler also keeps the compute-type copy of the layers' matrices that it makes before the loop
   over them, of the device's own share. With accumulation the gradients so far are there all the time, and those of one
@@ -206,6 +218,9 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
       },
       'embedding': {**always, 'gradients': weights.gradients, 'embedding gradient, whole': 2 * whole.embedding if sharded else 0},
   }
+  stack, products_of_stack = orthogonalised(config, layout)
+  if stack:
+    moments['update'] = {**always, 'gradients': weights.gradients, 'hidden matrices, whole': 2 * (3 * stack + 4 * products_of_stack)}
   return Memory(moments)
 
 
