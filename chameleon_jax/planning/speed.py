@@ -7,8 +7,9 @@ Training. With F the products and sums of a step on one chip, recomputation incl
                  takes an all-reduce (seen in its programs; a reduce-scatter would move half), over the bandwidth of the fsdp group
     exchange     all-reduce of the gradients over the data axis
     tensor       all-reduces of the residual stream inside the layers: their result is needed at once, so nothing hides them. With
-                 `sequence_parallel` each is a reduce-scatter and an all-gather, which together move as much in two collectives
-                 (arXiv 2205.05198, section 4.2); where projections are kept and the rest recomputed, the inputs are gathered once more
+                 `sequence_parallel` each is a reduce-scatter and an all-gather (arXiv 2205.05198, section 4.2). They could move as
+                 much as the all-reduce, but the TPU compiler scatters float32 sums, where it all-reduces those of the compute type
+                 (seen in its programs): half as much again in bfloat16. With remat `dots` inputs are gathered once more
     update       optimizer: reads and writes of the state / memory bandwidth
 
     step = accumulate * (max(compute, gathers + exchange) + tensor) + update
@@ -139,8 +140,8 @@ def train_speed(config: TrainConfig, topology: Topology, layout: Layout, assumpt
   exchange = reduced / bandwidth(layout.data, layout.tensor * layout.fsdp)
   rows = batch / n_micro / layout.batch_shards
   stream = rows * length * config.model.d_model * compute_itemsize
-  once, n_collectives = (layout.tensor - 1) / layout.tensor * stream / bandwidth(layout.tensor, 1), _collectives(config.model, trains.below)
-  tensor = config.model.n_layers * sum(n * (moves * once + assumptions.latency * (layout.tensor > 1)) for moves, n in n_collectives.items())
+  once = (layout.tensor - 1) / layout.tensor * stream / bandwidth(layout.tensor, 1)
+  tensor = config.model.n_layers * _tensor_seconds(config.model, trains.below, once, assumptions.latency * (layout.tensor > 1))
   update = 2 * weight_bytes(config, layout).state / chip.hbm
   seconds = n_micro * (max(compute, gathers + exchange) + tensor) + update
   parts = {
@@ -151,16 +152,22 @@ def train_speed(config: TrainConfig, topology: Topology, layout: Layout, assumpt
   return Speed(seconds, tokens / seconds, mfu, parts, max(parts, key=lambda name: parts[name]))
 
 
-def _collectives(model: TransformerConfig, below: bool) -> dict[int, int]:
-  """Collectives of the tensor axis in one layer: {how often each moves the stream once around: how many}.
+def _tensor_seconds(model: TransformerConfig, below: bool, once: float, latency: float) -> float:
+  """Of one layer's collectives over the tensor axis.
 
-  Two sums of the stream forward, two backward, two once more where all is recomputed. A sum is an all-reduce, or with
-  `sequence_parallel` a reduce-scatter and a gather in front of what reads it.
+  Two sums of the stream forward, two backward, two once more where all is recomputed.
+
+  Args:
+    model: the transformer.
+    below: whether a backward pass runs through the layers.
+    once: seconds in which each device gets the pieces of all others, in the compute type.
+    latency: of one collective.
   """
   sums = (4 if below else 2) + (2 if below and model.remat == 'full' else 0)
   if not model.sequence_parallel:
-    return {2: sums}
-  return {1: 2 * sums + (2 if below and model.remat == 'dots' else 0)}
+    return sums * (2 * once + latency)
+  gathers = sums + (2 if below and model.remat == 'dots' else 0)
+  return gathers * (once + latency) + sums * (once * 4 / itemsize(model.dtype) + latency)
 
 
 @dataclasses.dataclass(frozen=True)
