@@ -72,13 +72,16 @@ COMPILED = [
   ('7b', Layout(1, 16, 4), {'rows': 64, **PIECES}, 4.121),
   ('7b', Layout(1, 4, 2), {'rows': 8, 'remat': 'dots'}, 29.765),
   ('7b', Layout(1, 4, 2), {'rows': 8, 'remat': 'dots', **PIECES}, 27.765),
+  ('7b', Layout(1, 4, 2), {'rows': 8, 'remat': 'none'}, 79.455),
   ('7b', Layout(1, 4, 2), {'rows': 8, 'remat': 'none', **PIECES}, 66.484),
   ('34b', Layout(1, 16, 2), {'rows': 32, **PIECES}, 25.903),
   ('7b', Layout(1, 16, 1), {'rows': 16, 'optimizer': 'adafactor'}, 6.336),
   ('7b', Layout(1, 16, 1), {'rows': 16, 'optimizer': 'muon'}, 16.91),
   ('7b', Layout(1, 16, 1), {'rows': 16, **LORA}, 3.390),
+  ('7b', Layout(1, 4, 1), {'rows': 16, **LORA}, 12.392),
   ('7b', Layout(4, 1, 1), {'rows': 16, **LORA}, 25.233),
   ('7b', Layout(1, 16, 1), {'rows': 16, **ANOLE}, 1.944),
+  ('7b', Layout(1, 4, 1), {'rows': 16, **ANOLE}, 5.021),
   ('7b', Layout(4, 1, 1), {'rows': 16, **ANOLE}, 15.439),
 ]
 
