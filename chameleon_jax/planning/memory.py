@@ -7,11 +7,12 @@ norms and heads as the code has them. The rest is a model of the compiler.
 
 import dataclasses
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Literal
+from jax.extend import core
 from jax.sharding import use_abstract_mesh
 
 from chameleon_jax.array_types import Array, Params, PyTree
@@ -34,6 +35,7 @@ from chameleon_jax.sampling.streams import FILL_ROWS
 from chameleon_jax.training.state import unboxed
 from chameleon_jax.training.trainable import FULL, Tuning
 
+Remat = Literal['none', 'dots', 'full']
 Parts = dict[str, int]  # what is alive -> bytes of one device
 
 
@@ -124,7 +126,7 @@ def _kept(model: TransformerConfig, length: int, fine_tune: FineTuneConfig) -> t
   with use_abstract_mesh(Layout(1, 1, 1).mesh()):
     jaxpr = jax.make_jaxpr(backward)(jax.eval_shape(tuning.split, params, key), ids, ids, ids, key).jaxpr
   given = set(jaxpr.invars)
-  found = [leaf.aval for leaf in jaxpr.outvars if not isinstance(leaf, Literal) and leaf not in given]
+  found = [leaf.aval for leaf in jaxpr.outvars if not isinstance(leaf, core.Literal) and leaf not in given]
   whole = 2 if model.remat == 'none' else 0  # inputs of projections that are kept as they are read
 
   sizes = np.zeros((3, 3), np.int64)  # the three results; their three fields, the layers' of all layers
@@ -142,7 +144,8 @@ def _kept(model: TransformerConfig, length: int, fine_tune: FineTuneConfig) -> t
       whole -= 1
     else:
       sizes[2] += count
-  return tuple(Kept(int(layers) // _LAYERS, int(narrow) // _LAYERS, int(rest)) for layers, narrow, rest in sizes)
+  each, once, split = (Kept(int(layers) // _LAYERS, int(narrow) // _LAYERS, int(rest)) for layers, narrow, rest in sizes)
+  return each, once, split
 
 
 def _tuning(model: TransformerConfig, fine_tune: FineTuneConfig) -> Tuning:
@@ -161,8 +164,8 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
   Always there: master weights, what the optimizer keeps, frozen weights, the batch. Beside them, at the moments that can be the worst:
 
     loss        what was kept of all layers and of what has no layer; logits of one piece and their gradient; the output projection
-                whole, once in the compute type and, where it trains, once as the float32 gradient before it is reduced; one after
-                the other where nothing below it trains
+                whole, once in the compute type and, where it trains, once as the float32 gradient before it is reduced or cut to the
+                rows that train; one after the other where nothing below it trains
     layer       what was kept; gradients of all layers; one layer's recomputed activations: all that its own backward pass keeps, or
                 would keep where nothing below the head trains and layers run forward only
     reduction   what was kept; gradients of all layers; the matrix products of one layer, and its feed-forward's gradients in
@@ -190,7 +193,7 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
   pieces = _pieces(model, layout)
   below = trained_weights(config).below
 
-  def of(remat: str, fine_tune: FineTuneConfig = config.fine_tune) -> Kept:
+  def of(remat: Remat, fine_tune: FineTuneConfig = config.fine_tune) -> Kept:
     return kept(dataclasses.replace(share, remat=remat), rows, length, fine_tune=fine_tune, pieces=pieces)
 
   saved, products = of(model.remat), of('dots').layer
@@ -198,6 +201,8 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
   sharded = layout.batch_shards > 1
   head = matmul_weights(model)[1] // layout.tensor * itemsize(model.dtype)
   projection = head + whole.head if below else max(head, whole.head)
+  if not sharded:  # else it is a parameter, and its gradient among the gradients
+    projection = whole.head if config.fine_tune.head_rows is not None else 0
   forward: Parts = {'kept activations': saved.layer * model.n_layers, 'compute-type copy of weights': weights.copies}
   logits = rows * (length // config.loss_chunks) * model.vocab_size // layout.tensor * 4
   moments: dict[str, Parts] = {
@@ -206,7 +211,7 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
           **forward,
           'hidden states': saved.rest,
           'logits': 2 * logits,
-          'output projection, whole': projection if sharded else 0,
+          'output projection, whole': projection,
       },
       'layer': {**always, **forward, 'gradients': weights.gradients, 'one layer, recomputed': at_work},
       'reduction': {

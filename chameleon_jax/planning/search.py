@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from chameleon_jax.config import MeshConfig, TrainConfig
 from chameleon_jax.planning.layout import Layout, misfit, weight_bytes
-from chameleon_jax.planning.memory import Memory, sample_memory, train_memory
+from chameleon_jax.planning.memory import Memory, Remat, sample_memory, train_memory
 from chameleon_jax.planning.speed import Assumptions, Requests, Speed, decode_speed, train_speed
 from chameleon_jax.planning.topologies import GIB, Topology, larger_topologies
 
@@ -21,6 +21,7 @@ Settings = dict[str, str | int]  # what the search turns, by the names of the fl
 
 HEADROOM = 0.05  # share of the limit that a choice leaves free: the model of memory is right to a few per cent
 _CHUNKS = (1, 2, 4, 8, 16, 32, 64)
+_REMAT: tuple[Remat, ...] = ('none', 'dots', 'full')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _train_ways(config: TrainConfig, n_devices: int) -> Iterator[Way]:
     if rows % layout.batch_shards or misfit(config.model, layout):
       continue
     micro = [n for n in divisors(rows // layout.batch_shards) if n == config.optimizer.accumulate_steps or n & (n - 1) == 0]
-    for remat, in_pieces, n_chunks, n_micro in itertools.product(('none', 'dots', 'full'), _in_pieces(config, layout), chunks, micro):
+    for remat, in_pieces, n_chunks, n_micro in itertools.product(_REMAT, _in_pieces(config, layout), chunks, micro):
       changed = dataclasses.replace(
           config,
           model=dataclasses.replace(config.model, remat=remat, sequence_parallel=in_pieces),

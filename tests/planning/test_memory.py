@@ -122,6 +122,8 @@ def test_what_is_frozen_keeps_less():
   assert 0 < lora.layer < full.layer and anole == Kept(0, 0, 0)
   moments = train_memory(run('7b', 16, **ANOLE), Layout(1, 16, 1)).moments
   assert moments['layer']['one layer, recomputed'] == kept(model, 1, 1152).narrow and moments['layer']['kept activations'] == 0
+  alone = train_memory(run('7b', 1, **ANOLE), Layout(1, 1, 1)).moments['loss']
+  assert alone['output projection, whole'] == 4 * 4096 * 65_536 > alone['parameters']  # a gradient of all rows, on one card too
 
 
 def test_parts_add_up_and_the_worst_moment_is_the_largest():
