@@ -1,8 +1,9 @@
-"""How much memory: the exact bytes of `layout.py`, plus a stated model of what a step holds beside them at its worst moment.
+"""How much memory: the exact bytes of `weights.py` and `layout.py`, plus a stated model of what a step holds beside them at its worst
+moment.
 
 What is saved between the forward and the backward pass is no model either: the layers' own backward pass is traced on
 one device's share of a row and of the heads, and what it keeps is counted. That covers every rematerialisation policy, dropout,
-norms and heads as the code has them. The rest is a model of the compiler.
+norms and heads as the code has them, and whatever a run freezes. The rest is a model of the compiler.
 """
 
 import dataclasses
@@ -19,18 +20,9 @@ from chameleon_jax.array_types import Array, Params, PyTree
 from chameleon_jax.config import FineTuneConfig, TrainConfig, TransformerConfig
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer.model import Transformer
-from chameleon_jax.planning.layout import (
-  Layout,
-  boxed_params,
-  cache_bytes,
-  decoding_bytes,
-  itemsize,
-  orthogonalised,
-  trained_weights,
-  weight_bytes,
-  whole_gradients,
-)
+from chameleon_jax.planning.layout import Layout, boxed_params, cache_bytes, decoding_bytes, itemsize
 from chameleon_jax.planning.speed import Requests, matmul_weights
+from chameleon_jax.planning.weights import orthogonalised, trained_weights, weight_bytes, whole_gradients
 from chameleon_jax.sampling.streams import FILL_ROWS
 from chameleon_jax.training.state import unboxed
 from chameleon_jax.training.trainable import FULL, Tuning

@@ -12,10 +12,11 @@ import math
 from collections.abc import Iterable, Iterator
 
 from chameleon_jax.config import MeshConfig, TrainConfig
-from chameleon_jax.planning.layout import Layout, misfit, weight_bytes
+from chameleon_jax.planning.layout import Layout, misfit
 from chameleon_jax.planning.memory import Memory, Remat, sample_memory, train_memory
 from chameleon_jax.planning.speed import Assumptions, Requests, Speed, decode_speed, train_speed
 from chameleon_jax.planning.topologies import GIB, Topology, larger_topologies
+from chameleon_jax.planning.weights import weight_bytes
 
 Settings = dict[str, str | int]  # what the search turns, by the names of the flags
 

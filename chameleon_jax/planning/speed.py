@@ -32,8 +32,9 @@ Does not know: memory limits (`memory.py`), or what a compiler makes of a progra
 import dataclasses
 
 from chameleon_jax.config import TrainConfig, TransformerConfig
-from chameleon_jax.planning.layout import Layout, cache_bytes, itemsize, trained_weights, weight_bytes
+from chameleon_jax.planning.layout import Layout, cache_bytes, itemsize
 from chameleon_jax.planning.topologies import Topology
+from chameleon_jax.planning.weights import trained_weights, weight_bytes
 from chameleon_jax.sampling.streams import MIN_SLOTS, power_of_two, size
 from chameleon_jax.training.trainable import Tuning
 

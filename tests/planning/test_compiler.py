@@ -6,8 +6,9 @@ from chameleon_jax import presets
 from chameleon_jax.config import DataConfig, FineTuneConfig, MeshConfig, OptimizerConfig, TrainConfig
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.planning import compiler
-from chameleon_jax.planning.layout import Layout, weight_bytes
+from chameleon_jax.planning.layout import Layout
 from chameleon_jax.planning.topologies import GIB, parse_topology
+from chameleon_jax.planning.weights import weight_bytes
 
 needs_libtpu = pytest.mark.skipif(not compiler.available(), reason='needs libtpu (extra tpu-aot)')
 
