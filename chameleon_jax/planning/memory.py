@@ -78,6 +78,7 @@ class Kept:
   rest: int
 
 
+@functools.lru_cache(maxsize=4096)
 def kept(model: TransformerConfig, rows: int, length: int, *, fine_tune: FineTuneConfig = FineTuneConfig(), pieces: int = 1) -> Kept:
   """Traces the transformer of one device's share and counts what the gradient of the trained parameters needs.
 
@@ -182,7 +183,7 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
   if n_micro > 1:
     always['accumulated gradients'] = weights.gradients
   share = share_of_device(model, layout)
-  pieces = _pieces(model, layout)
+  pieces = stream_pieces(model, layout)
   below = trained_weights(config).below
 
   def of(remat: Remat, fine_tune: FineTuneConfig = config.fine_tune) -> Kept:
@@ -221,7 +222,7 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
   return Memory(moments)
 
 
-def _pieces(model: TransformerConfig, layout: Layout) -> int:
+def stream_pieces(model: TransformerConfig, layout: Layout) -> int:
   """Devices that the residual stream is split over in what is kept.
 
   Where norms come behind the blocks ('post', the 34B) a layer begins by gathering its input, and the TPU compiler keeps that: 25.90 GiB

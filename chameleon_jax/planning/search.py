@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from chameleon_jax.config import MeshConfig, TrainConfig
 from chameleon_jax.planning.layout import Layout, misfit
-from chameleon_jax.planning.memory import Memory, Remat, sample_memory, train_memory
+from chameleon_jax.planning.memory import Memory, Remat, sample_memory, stream_pieces, train_memory
 from chameleon_jax.planning.speed import Assumptions, Requests, Speed, decode_speed, train_speed
 from chameleon_jax.planning.topologies import GIB, Topology, larger_topologies
 from chameleon_jax.planning.weights import weight_bytes
@@ -99,16 +99,20 @@ def plan_train(config: TrainConfig, topology: Topology, *, assumptions: Assumpti
   limit = topology.memory if limit is None else limit
   layout = Layout.of(config.mesh, topology.n_chips)
 
-  def looked_at(way: Way) -> Candidate:
-    memory, speed = train_memory(*way), train_speed(way[0], topology, way[1], assumptions)
+  def timed(way: Way) -> tuple[Way, Speed]:
+    return way, train_speed(way[0], topology, way[1], assumptions)
+
+  def looked_at(timed_way: tuple[Way, Speed]) -> Candidate:
+    way, speed = timed_way
+    memory = train_memory(*way)
     return Candidate(*way, _train_settings(*way), memory, speed, memory.peak <= limit)
 
   before, room = _train_settings(config, layout), limit * (1 - HEADROOM)
   # Where weights and moments alone are too much, only the smallest of the policies is worth a look, for the record.
-  ways = [way for way in _train_ways(config, topology.n_chips) if way[0].model.remat == 'full' or weight_bytes(*way).resident < room]
-  ways.sort(key=lambda way: train_speed(way[0], topology, way[1], assumptions).seconds)
+  worth = (way for way in _train_ways(config, topology.n_chips) if way[0].model.remat == 'full' or weight_bytes(*way).resident < room)
+  ways = sorted(map(timed, worth), key=lambda timed_way: timed_way[1].seconds)
   refused = _refused(config, layout)
-  given = None if refused else looked_at((config, layout))
+  given = None if refused else looked_at(timed((config, layout)))
   best, least = _choose(map(looked_at, ways), before, room)
   changes = _flags(before, best) if best is not None else _larger_for_training(config, topology, limit)
   return Plan(given, best, least, _reasons(refused, given, best, least, limit), tuple(changes), len(ways))
@@ -182,10 +186,11 @@ def _train_ways(config: TrainConfig, n_devices: int) -> Iterator[Way]:
 
 
 def _in_pieces(config: TrainConfig, layout: Layout) -> tuple[bool, ...]:
-  """Values of `model.sequence_parallel` to try: as it is where it changes nothing."""
+  """Values of `model.sequence_parallel` to try: as it is where it changes nothing, off where it saves nothing."""
   if layout.tensor == 1:
     return (config.model.sequence_parallel,)
-  return (False,) if config.data.seq_len % layout.tensor else (False, True)
+  saves = stream_pieces(dataclasses.replace(config.model, sequence_parallel=True), layout) > 1
+  return (False, True) if saves and config.data.seq_len % layout.tensor == 0 else (False,)
 
 
 def _choose(candidates: Iterable[Candidate], before: Settings, room: float) -> tuple[Candidate | None, Candidate | None]:

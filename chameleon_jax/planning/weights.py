@@ -77,6 +77,7 @@ def _optimizer(config: OptimizerConfig, n_steps: int) -> optax.GradientTransform
   return make_optimizer(config, n_steps)  # one object, so that the state is traced once for all meshes
 
 
+@functools.lru_cache(maxsize=64)
 def _plain(model: TransformerConfig) -> TransformerConfig:
   """Without what decides programs and not parameters, so that what is cached serves all of them."""
   return dataclasses.replace(model, remat='none', dropout=0.0, sequence_parallel=False)
