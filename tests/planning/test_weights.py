@@ -78,7 +78,7 @@ ANOLE = FineTuneConfig(method='selected', trainable=('lm_head',), head_rows=(4, 
 def test_what_muon_orthogonalises_at_once():
   """The widest of the scanned stacks, and its products on the shorter side; unrolled layers go one by one."""
   muon = seven_b(name='muon')
-  unrolled = dataclasses.replace(muon, model=dataclasses.replace(muon.model, scan_layers=False))
+  unrolled = dataclasses.replace(muon, model=dataclasses.replace(muon.model, n_layers=1, scan_layers=False))
   assert orthogonalised(muon, Layout(2, 8, 4)) == (L * D * F // 4, L * D * D)
   assert orthogonalised(unrolled, Layout(2, 8, 1)) == (D * F, D * D)
   assert orthogonalised(seven_b(), Layout(1, 8, 1)) == (0, 0)
@@ -104,7 +104,6 @@ def _wide_enough(**changes):
 
 RUNS = {
   'adamw': _wide_enough(),
-  'adamw in bfloat16': _wide_enough(optimizer=OptimizerConfig(momentum_dtype='bfloat16')),
   'adafactor': _wide_enough(optimizer=OptimizerConfig(name='adafactor')),
   'adafactor with momentum': _wide_enough(optimizer=OptimizerConfig(name='adafactor', momentum_dtype='float32')),
   'muon': _wide_enough(optimizer=OptimizerConfig(name='muon')),
@@ -120,8 +119,8 @@ RUNS = {
   ('name', 'sizes'),
   [
     *((name, (2, 2, 2)) for name in RUNS),
-    *((name, sizes) for name in ('adafactor', 'muon', 'image rows') for sizes in ((8, 1, 1), (1, 8, 1), (2, 1, 4))),
-    ('lora', (1, 8, 1)),
+    *((name, (1, 8, 1)) for name in ('adafactor', 'muon', 'image rows')),
+    *(('adafactor', sizes) for sizes in ((8, 1, 1), (2, 1, 4))),
   ],
 )
 def test_bytes_are_those_of_real_arrays(name, sizes):
