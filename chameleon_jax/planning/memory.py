@@ -183,7 +183,7 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
   if n_micro > 1:
     always['accumulated gradients'] = weights.gradients
   share = share_of_device(model, layout)
-  pieces = stream_pieces(model, layout)
+  pieces = layout.tensor if model.sequence_parallel else 1
   below = trained_weights(config).below
 
   def of(remat: Remat, fine_tune: FineTuneConfig = config.fine_tune) -> Kept:
@@ -220,15 +220,6 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
   if stack:
     moments['update'] = {**always, 'gradients': weights.gradients, 'hidden matrices, whole': 2 * (3 * stack + 4 * products_of_stack)}
   return Memory(moments)
-
-
-def stream_pieces(model: TransformerConfig, layout: Layout) -> int:
-  """Devices that the residual stream is split over in what is kept.
-
-  Where norms come behind the blocks ('post', the 34B) a layer begins by gathering its input, and the TPU compiler keeps that: 25.90 GiB
-  with `sequence_parallel` and 26.15 without, for 34B on v5p-64 as 1 x 16 x 2. So nothing is counted as saved there.
-  """
-  return layout.tensor if model.sequence_parallel and model.norm_position == 'pre' else 1
 
 
 def sample_memory(model: TransformerConfig, requests: Requests, layout: Layout) -> Memory:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from chameleon_jax.config import MeshConfig, TrainConfig
 from chameleon_jax.planning.layout import Layout, misfit
-from chameleon_jax.planning.memory import Memory, Remat, sample_memory, stream_pieces, train_memory
+from chameleon_jax.planning.memory import Memory, Remat, sample_memory, train_memory
 from chameleon_jax.planning.speed import Assumptions, Requests, Speed, decode_speed, train_speed
 from chameleon_jax.planning.topologies import GIB, Topology, larger_topologies
 from chameleon_jax.planning.weights import weight_bytes
@@ -186,11 +186,10 @@ def _train_ways(config: TrainConfig, n_devices: int) -> Iterator[Way]:
 
 
 def _in_pieces(config: TrainConfig, layout: Layout) -> tuple[bool, ...]:
-  """Values of `model.sequence_parallel` to try: as it is where it changes nothing, off where it saves nothing."""
+  """Values of `model.sequence_parallel` to try: as it is where it changes nothing."""
   if layout.tensor == 1:
     return (config.model.sequence_parallel,)
-  saves = stream_pieces(dataclasses.replace(config.model, sequence_parallel=True), layout) > 1
-  return (False, True) if saves and config.data.seq_len % layout.tensor == 0 else (False,)
+  return (False,) if config.data.seq_len % layout.tensor else (False, True)
 
 
 def _choose(candidates: Iterable[Candidate], before: Settings, room: float) -> tuple[Candidate | None, Candidate | None]:
