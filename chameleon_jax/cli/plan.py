@@ -10,8 +10,8 @@ Topologies: v5e-64, v6e-256 (TPU slices by chips), v5p-16, v4-32 (these names co
 is a model, compared with the TPU compiler in experiments/README.md. Seconds are a roofline whose assumptions are printed and can be
 set by flags. --size plans one row of 4,096 tokens a chip. --compile has the TPU compiler itself judge the training step.
 
-The search turns the mesh, model.remat, loss_chunks and optimizer.accumulate_steps; batch, rows and model stay. Exit code 1 when
-nothing fits.
+The search turns the mesh, model.remat, model.sequence_parallel ("rows in pieces"), loss_chunks and optimizer.accumulate_steps; batch, rows,
+model, optimizer and what config.fine_tune freezes stay. Exit code 1 when nothing fits.
 """
 
 import json

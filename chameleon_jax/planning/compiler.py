@@ -24,8 +24,9 @@ from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.partitioning import batch_sharding, make_mesh
 from chameleon_jax.planning.topologies import GIB, Topology
 from chameleon_jax.training.optimizer import make_optimizer
-from chameleon_jax.training.state import abstract_state
+from chameleon_jax.training.state import abstract_frozen, abstract_state
 from chameleon_jax.training.step import make_train_step
+from chameleon_jax.training.trainable import Tuning
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
@@ -90,8 +91,9 @@ def compile_train_step(config: TrainConfig, topology: Topology) -> Verdict:
     ConfigError: see `topology_mesh`; or the mesh or the batch do not fit the slice.
   """
   mesh = topology_mesh(topology, config.mesh)
-  model, optimizer = Transformer(config.model), make_optimizer(config.optimizer, config.n_steps)
-  state = abstract_state(model, optimizer, mesh)
+  model, optimizer, tuning = Transformer(config.model), make_optimizer(config.optimizer, config.n_steps), Tuning(config.fine_tune)
+  state = abstract_state(model, optimizer, mesh, tuning)
+  frozen = (abstract_frozen(model, mesh, tuning),) if tuning.freezes else ()
   step = make_train_step(model, optimizer, config, mesh)
   replicated = NamedSharding(mesh, PartitionSpec())
   shape = (config.data.batch_size, config.data.seq_len)
@@ -100,7 +102,7 @@ def compile_train_step(config: TrainConfig, topology: Topology) -> Verdict:
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
   with jax.set_mesh(mesh), _caching_off():
-    return _compiled(step, state, batch, key)
+    return _compiled(step, state, batch, key, *frozen)
 
 
 @contextlib.contextmanager

@@ -1,9 +1,8 @@
-"""Which part of a model lies on one device of a mesh: exact bytes from the project's own shapes and shardings, without a device.
+"""A mesh without devices, and what a sampler holds on one of them: exact bytes from the project's own shapes and shardings.
 
-Parameters, moments and gradients come from `jax.eval_shape` of the training state and `shard_shape` of its shardings on an abstract
-mesh; the cache of the sampler from its own `init_cache`. Nothing here is a model or an estimate.
+`shard_shape` of the shardings on an abstract mesh; the cache from its own `init_cache`. Nothing here is a model or an estimate.
 
-Does not know: what a step needs beside these (`memory.py`), nor speeds.
+Does not know: training (`weights.py`), what a step needs beside weights (`memory.py`), nor speeds.
 """
 
 import dataclasses
@@ -14,17 +13,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from chameleon_jax.array_types import PyTree
-from chameleon_jax.config import Dtype, MeshConfig, OptimizerConfig, TrainConfig, TransformerConfig
+from chameleon_jax.config import Dtype, MeshConfig, TransformerConfig
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer.cache import init_cache
 from chameleon_jax.models.transformer.model import Transformer, decoding_params
 from chameleon_jax.partitioning import AXES, RULES, shardings_of
-from chameleon_jax.training.optimizer import make_optimizer
-from chameleon_jax.training.state import abstract_state, unboxed
+from chameleon_jax.training.state import unboxed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,26 +63,6 @@ class Layout:
     return f'{self.data} x {self.fsdp} x {self.tensor}'
 
 
-@dataclasses.dataclass(frozen=True)
-class WeightBytes:
-  """Bytes on the fullest device.
-
-  Attributes:
-    parameters: master weights.
-    optimizer: moments and counters.
-    gradients: of one backward pass, laid out as the parameters.
-  """
-
-  parameters: int
-  optimizer: int
-  gradients: int
-
-  @property
-  def state(self) -> int:
-    """What stays between two steps."""
-    return self.parameters + self.optimizer
-
-
 def itemsize(dtype: Dtype) -> int:
   """Bytes of a value."""
   return jnp.dtype(dtype).itemsize
@@ -99,24 +76,6 @@ def bytes_per_device(tree: PyTree) -> int:
     return math.prod(shape) * leaf.dtype.itemsize
 
   return sum(map(shard, jax.tree.leaves(tree)))
-
-
-@functools.lru_cache(maxsize=4)
-def _optimizer(config: OptimizerConfig, n_steps: int) -> optax.GradientTransformation:
-  return make_optimizer(config, n_steps)  # one object, so that the state is traced once for all meshes
-
-
-@functools.lru_cache(maxsize=4096)
-def _weight_bytes(model: TransformerConfig, optimizer: OptimizerConfig, layout: Layout) -> WeightBytes:
-  state = abstract_state(Transformer(model), _optimizer(optimizer, 1000), layout.mesh())
-  parameters = bytes_per_device(state.params)
-  return WeightBytes(parameters, bytes_per_device(state.opt_state), parameters)
-
-
-def weight_bytes(config: TrainConfig, layout: Layout) -> WeightBytes:
-  """Of a training run on a mesh; call `misfit` first."""
-  optimizer = dataclasses.replace(config.optimizer, accumulate_steps=1)
-  return _weight_bytes(dataclasses.replace(config.model, remat='none', dropout=0.0), optimizer, layout)
 
 
 @functools.lru_cache(maxsize=16)

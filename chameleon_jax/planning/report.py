@@ -96,11 +96,12 @@ def _row(name: str, candidate: Candidate, verdict: Verdict | None) -> list[str]:
 
 
 def words(settings: Settings) -> str:
-  """Settings beside the mesh, short: `remat full, 16 loss chunks, accumulate 1`; empty for a sampler."""
+  """Settings beside the mesh, short: `remat full, rows in pieces, 16 loss chunks, accumulate 1`; empty for a sampler."""
   if 'model.remat' not in settings:
     return ''
   remat, chunks, n_micro = (settings[name] for name in ('model.remat', 'loss_chunks', 'optimizer.accumulate_steps'))
-  return f'remat {remat}, {chunks} loss chunks, accumulate {n_micro}'
+  pieces = ', rows in pieces' if settings['model.sequence_parallel'] else ''
+  return f'remat {remat}{pieces}, {chunks} loss chunks, accumulate {n_micro}'
 
 
 def _table(rows: list[list[str]]) -> list[str]:

@@ -1,25 +1,28 @@
 """Tries the settings that the trainer really has, and picks the fastest that fits, or says why none does.
 
-Training: the three mesh axes, `model.remat`, `loss_chunks` and `optimizer.accumulate_steps`; batch, rows and model stay as they
-are, so every candidate computes the same update. Sampling: the mesh.
+Training: the three mesh axes, `model.remat`, `model.sequence_parallel`, `loss_chunks` and `optimizer.accumulate_steps`; batch, rows,
+model and optimizer stay as they are, so every candidate computes the same update. Sampling: the mesh.
 
 Does not know: how memory and seconds are counted (`memory.py`, `speed.py`).
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 
 from chameleon_jax.config import MeshConfig, TrainConfig
-from chameleon_jax.planning.layout import Layout, misfit, weight_bytes
-from chameleon_jax.planning.memory import Memory, sample_memory, train_memory
+from chameleon_jax.planning.layout import Layout, misfit
+from chameleon_jax.planning.memory import Memory, Remat, sample_memory, train_memory
 from chameleon_jax.planning.speed import Assumptions, Requests, Speed, decode_speed, train_speed
 from chameleon_jax.planning.topologies import GIB, Topology, larger_topologies
+from chameleon_jax.planning.weights import weight_bytes
 
 Settings = dict[str, str | int]  # what the search turns, by the names of the flags
 
 HEADROOM = 0.05  # share of the limit that a choice leaves free: the model of memory is right to a few per cent
 _CHUNKS = (1, 2, 4, 8, 16, 32, 64)
+_REMAT: tuple[Remat, ...] = ('none', 'dots', 'full')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,16 +99,20 @@ def plan_train(config: TrainConfig, topology: Topology, *, assumptions: Assumpti
   limit = topology.memory if limit is None else limit
   layout = Layout.of(config.mesh, topology.n_chips)
 
-  def looked_at(way: Way) -> Candidate:
-    memory, speed = train_memory(*way), train_speed(way[0], topology, way[1], assumptions)
+  def timed(way: Way) -> tuple[Way, Speed]:
+    return way, train_speed(way[0], topology, way[1], assumptions)
+
+  def looked_at(timed_way: tuple[Way, Speed]) -> Candidate:
+    way, speed = timed_way
+    memory = train_memory(*way)
     return Candidate(*way, _train_settings(*way), memory, speed, memory.peak <= limit)
 
   before, room = _train_settings(config, layout), limit * (1 - HEADROOM)
   # Where weights and moments alone are too much, only the smallest of the policies is worth a look, for the record.
-  ways = [way for way in _train_ways(config, topology.n_chips) if way[0].model.remat == 'full' or weight_bytes(*way).state < room]
-  ways.sort(key=lambda way: train_speed(way[0], topology, way[1], assumptions).seconds)
+  worth = (way for way in _train_ways(config, topology.n_chips) if way[0].model.remat == 'full' or weight_bytes(*way).resident < room)
+  ways = sorted(map(timed, worth), key=lambda timed_way: timed_way[1].seconds)
   refused = _refused(config, layout)
-  given = None if refused else looked_at((config, layout))
+  given = None if refused else looked_at(timed((config, layout)))
   best, least = _choose(map(looked_at, ways), before, room)
   changes = _flags(before, best) if best is not None else _larger_for_training(config, topology, limit)
   return Plan(given, best, least, _reasons(refused, given, best, least, limit), tuple(changes), len(ways))
@@ -155,6 +162,8 @@ def _refused(config: TrainConfig, layout: Layout) -> str | None:
     return f'data.batch_size {config.data.batch_size} does not divide over {parts}'
   if config.data.seq_len % config.loss_chunks:
     return f'loss_chunks {config.loss_chunks} does not divide data.seq_len {config.data.seq_len}'
+  if config.model.sequence_parallel and config.data.seq_len % layout.tensor:
+    return f'data.seq_len {config.data.seq_len} does not divide over mesh.tensor {layout.tensor}, which model.sequence_parallel asks for'
   return misfit(config.model, layout)
 
 
@@ -165,17 +174,22 @@ def _train_ways(config: TrainConfig, n_devices: int) -> Iterator[Way]:
     if rows % layout.batch_shards or misfit(config.model, layout):
       continue
     micro = [n for n in divisors(rows // layout.batch_shards) if n == config.optimizer.accumulate_steps or n & (n - 1) == 0]
-    for remat in ('none', 'dots', 'full'):
-      for n_chunks in chunks:
-        for n_micro in micro:
-          changed = dataclasses.replace(
-              config,
-              model=dataclasses.replace(config.model, remat=remat),
-              optimizer=dataclasses.replace(config.optimizer, accumulate_steps=n_micro),
-              loss_chunks=n_chunks,
-              mesh=MeshConfig(layout.data, layout.fsdp, layout.tensor),
-          )
-          yield changed, layout
+    for remat, in_pieces, n_chunks, n_micro in itertools.product(_REMAT, _in_pieces(config, layout), chunks, micro):
+      changed = dataclasses.replace(
+          config,
+          model=dataclasses.replace(config.model, remat=remat, sequence_parallel=in_pieces),
+          optimizer=dataclasses.replace(config.optimizer, accumulate_steps=n_micro),
+          loss_chunks=n_chunks,
+          mesh=MeshConfig(layout.data, layout.fsdp, layout.tensor),
+      )
+      yield changed, layout
+
+
+def _in_pieces(config: TrainConfig, layout: Layout) -> tuple[bool, ...]:
+  """Values of `model.sequence_parallel` to try: as it is where it changes nothing."""
+  if layout.tensor == 1:
+    return (config.model.sequence_parallel,)
+  return (False,) if config.data.seq_len % layout.tensor else (False, True)
 
 
 def _choose(candidates: Iterable[Candidate], before: Settings, room: float) -> tuple[Candidate | None, Candidate | None]:
@@ -214,6 +228,7 @@ def _train_settings(config: TrainConfig, layout: Layout) -> Settings:
   return {
       **_mesh_settings(layout),
       'model.remat': config.model.remat,
+      'model.sequence_parallel': config.model.sequence_parallel,
       'loss_chunks': config.loss_chunks,
       'optimizer.accumulate_steps': config.optimizer.accumulate_steps,
   }
@@ -250,7 +265,7 @@ def _larger_for_training(config: TrainConfig, topology: Topology, limit: float) 
     rows = math.lcm(config.data.batch_size, larger.n_chips)
     grown = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
     ways = (way for way in _train_ways(grown, larger.n_chips) if way[0].model.remat == 'full')
-    if any(weight_bytes(*way).state < room and train_memory(*way).peak <= room for way in ways):
+    if any(weight_bytes(*way).resident < room and train_memory(*way).peak <= room for way in ways):
       return [f'more chips: {larger.name} fits, with data.batch_size {rows}']
   return ['no number of these chips that is on offer fits: shorten data.seq_len, or take a chip with more memory']
 

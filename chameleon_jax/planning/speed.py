@@ -6,7 +6,10 @@ Training. With F the products and sums of a step on one chip, recomputation incl
     gathers      all-gather of the weights, forward and backward, and the sum of their float32 gradients, for which the TPU compiler
                  takes an all-reduce (seen in its programs; a reduce-scatter would move half), over the bandwidth of the fsdp group
     exchange     all-reduce of the gradients over the data axis
-    tensor       all-reduces of the residual stream inside the layers: their result is needed at once, so nothing hides them
+    tensor       all-reduces of the residual stream inside the layers: their result is needed at once, so nothing hides them. With
+                 `sequence_parallel` each is a reduce-scatter and an all-gather (arXiv 2205.05198, section 4.2). They could move as
+                 much as the all-reduce, but the TPU compiler scatters float32 sums, where it all-reduces those of the compute type
+                 (seen in its programs): half as much again in bfloat16. With remat `dots` inputs are gathered once more
     update       optimizer: reads and writes of the state / memory bandwidth
 
     step = accumulate * (max(compute, gathers + exchange) + tensor) + update
@@ -19,16 +22,21 @@ on v5e and v5p 60 to 71 % without counting it (README at cc7478e), on v6e 45 %; 
 llm-foundry 46 %. This project's own code has not been measured on these machines: take the seconds as an estimate to compare
 meshes by. Collectives of bytes: an all-gather or reduce-scatter of x bytes over n chips moves x (n - 1) / n, an all-reduce twice that.
 
-MFU is the model's causal count (6 per weight in products and token, attention at half the square), without recomputation, over peak.
+Frozen weights have a product less (no gradient of their own), and none but the first where nothing trains below them.
+
+MFU is the model's causal count (6 per weight in products and token, attention at half the square; 4 or 2 for frozen weights), without
+recomputation, over peak.
 Does not know: memory limits (`memory.py`), or what a compiler makes of a program.
 """
 
 import dataclasses
 
 from chameleon_jax.config import TrainConfig, TransformerConfig
-from chameleon_jax.planning.layout import Layout, cache_bytes, itemsize, weight_bytes
+from chameleon_jax.planning.layout import Layout, cache_bytes, itemsize
 from chameleon_jax.planning.topologies import Topology
+from chameleon_jax.planning.weights import trained_weights, weight_bytes
 from chameleon_jax.sampling.streams import MIN_SLOTS, power_of_two, size
+from chameleon_jax.training.trainable import Tuning
 
 _EFFICIENCY = {'v4': 0.6, 'v5e': 0.6, 'v5p': 0.65, 'v6e': 0.5, 'a100': 0.5, 'h100': 0.5, 'h200': 0.5, 'l4': 0.5}
 
@@ -85,25 +93,30 @@ def matmul_weights(config: TransformerConfig) -> tuple[int, int]:
   return config.n_layers * (attention + 3 * config.d_model * config.d_ff), config.d_model * config.vocab_size
 
 
-def model_flops(config: TransformerConfig, seq_len: int) -> float:
-  """FLOPs of one token, forward and backward, attention causal."""
-  layers, head = matmul_weights(config)
-  return 6 * (layers + head) + 3 * _attention_flops(config, seq_len)
-
-
 def _attention_flops(config: TransformerConfig, seq_len: int) -> float:
   """Of one token, forward: two products over half the row on average."""
   return config.n_layers * 2 * 2 * config.n_heads * config.d_head * seq_len / 2
 
 
+def model_flops(config: TrainConfig) -> float:
+  """FLOPs of one token, forward and backward, attention causal; what is frozen has no gradient of its own."""
+  (layers, head), trains = matmul_weights(config.model), trained_weights(config)
+  weights = layers + head + trains.thin
+  gradients = trains.layers + trains.head + trains.thin
+  through = (weights if trains.below else 0) + gradients
+  attention = _attention_flops(config.model, config.data.seq_len)
+  return 2 * weights + 2 * through + (3 if trains.below else 1) * attention
+
+
 def executed_flops(config: TrainConfig) -> float:
   """FLOPs of one token as the program runs them: recomputed layers, logits and attention weights counted."""
-  model = config.model
-  layers, head = matmul_weights(model)
-  full = model.remat == 'full'
-  attention = _attention_flops(model, config.data.seq_len) / 2  # one product
-  products = 2 + 5 + (2 if full else 0)  # forward, backward with the scores recomputed, forward again
-  return 2 * layers * (4 if full else 3) + 2 * head * (4 if config.loss_chunks > 1 else 3) + products * attention
+  (layers, head), trains = matmul_weights(config.model), trained_weights(config)
+  again = 2.0 * head if config.loss_chunks > 1 else 0.0
+  score = _attention_flops(config.model, config.data.seq_len) / 2  # one product
+  if trains.below:
+    again += 2 * layers + 2 * score if config.model.remat == 'full' else 0.0
+    again += score  # the scores, in the backward pass
+  return model_flops(config) + again
 
 
 def train_speed(config: TrainConfig, topology: Topology, layout: Layout, assumptions: Assumptions) -> Speed:
@@ -116,26 +129,46 @@ def train_speed(config: TrainConfig, topology: Topology, layout: Layout, assumpt
   def bandwidth(members: int, stride: int) -> float:
     return topology.group_bandwidth(members, stride) * assumptions.link_efficiency
 
-  compute_itemsize, master_itemsize = itemsize(config.model.dtype), itemsize(config.model.param_dtype)
+  compute_itemsize = itemsize(config.model.dtype)
+  master_itemsize = 4 if Tuning(config.fine_tune).freezes else itemsize(config.model.param_dtype)
+  trains = trained_weights(config)
   weights = sum(matmul_weights(config.model)) / layout.tensor
+  gradients = (trains.layers + trains.head + trains.thin) / layout.tensor * master_itemsize
   shared = (layout.fsdp - 1) / layout.fsdp
-  gathers = weights * (2 * compute_itemsize + 2 * master_itemsize) * shared / bandwidth(layout.fsdp, layout.tensor)
-  reduced = 2 * (layout.data - 1) / layout.data * weights / layout.fsdp * master_itemsize
+  gathered = weights * compute_itemsize * (2 if trains.below else 1) + 2 * gradients
+  gathers = gathered * shared / bandwidth(layout.fsdp, layout.tensor)
+  reduced = 2 * (layout.data - 1) / layout.data * gradients / layout.fsdp
   exchange = reduced / bandwidth(layout.data, layout.tensor * layout.fsdp)
   rows = batch / n_micro / layout.batch_shards
   stream = rows * length * config.model.d_model * compute_itemsize
-  passes = 4 + (2 if config.model.remat == 'full' else 0)
-  n_reduced = passes * config.model.n_layers
-  tensor = n_reduced * 2 * (layout.tensor - 1) / layout.tensor * stream / bandwidth(layout.tensor, 1)
-  tensor += n_reduced * assumptions.latency * (layout.tensor > 1)
+  once = (layout.tensor - 1) / layout.tensor * stream / bandwidth(layout.tensor, 1)
+  tensor = config.model.n_layers * _tensor_seconds(config.model, trains.below, once, assumptions.latency * (layout.tensor > 1))
   update = 2 * weight_bytes(config, layout).state / chip.hbm
   seconds = n_micro * (max(compute, gathers + exchange) + tensor) + update
   parts = {
     'compute': n_micro * compute, 'weight gathers': n_micro * gathers, 'gradient exchange': n_micro * exchange,
     'tensor collectives': n_micro * tensor, 'update': update,
   }
-  mfu = model_flops(config.model, length) * tokens / seconds / (topology.n_chips * chip.flops)
+  mfu = model_flops(config) * tokens / seconds / (topology.n_chips * chip.flops)
   return Speed(seconds, tokens / seconds, mfu, parts, max(parts, key=lambda name: parts[name]))
+
+
+def _tensor_seconds(model: TransformerConfig, below: bool, once: float, latency: float) -> float:
+  """Of one layer's collectives over the tensor axis.
+
+  Two sums of the stream forward, two backward, two once more where all is recomputed.
+
+  Args:
+    model: the transformer.
+    below: whether a backward pass runs through the layers.
+    once: seconds in which each device gets the pieces of all others, in the compute type.
+    latency: of one collective.
+  """
+  sums = (4 if below else 2) + (2 if below and model.remat == 'full' else 0)
+  if not model.sequence_parallel:
+    return sums * (2 * once + latency)
+  gathers = sums + (2 if below and model.remat == 'dots' else 0)
+  return gathers * (once + latency) + sums * (once * 4 / itemsize(model.dtype) + latency)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,6 +37,7 @@ from chameleon_jax.partitioning import fetch, make_mesh
 from chameleon_jax.training.agreement import Largest
 from chameleon_jax.training.checkpoint import Checkpoints, resolved
 from chameleon_jax.training.diagnostics import figures
+from chameleon_jax.training.disk_space import check_disk_space
 from chameleon_jax.training.interruption import InterruptedRunError, Interruption
 from chameleon_jax.training.losses import LossSums
 from chameleon_jax.training.mesh_checks import check_mesh
@@ -157,6 +158,7 @@ class _Run:
     if n_shards % n_hosts:
       self.writer.say(f'note: {n_hosts} hosts prepare parts of {n_shards} data shards over again; a multiple of {n_hosts} saves that work')
     self.saved_step = self.checkpoints.intact_step(self.writer.say)
+    self._check_disk()
     if self.saved_step is None:
       return self._first_state()
     if self.tuning.freezes:
@@ -169,6 +171,17 @@ class _Run:
     self.guard.restore(notes.get('spikes'), step=self.saved_step)
     self.writer.say(f'resumed after step {self.saved_step:,}')
     return state
+
+  def _check_disk(self) -> None:
+    """Of the host that writes; all the others hear what is wrong there."""
+    error = None
+    if hosts.is_first():
+      directory, n_kept = self.checkpoints.directory, len(self.checkpoints.all_steps())
+      try:
+        check_disk_space(directory, self.abstract, self.config.checkpoint, n_kept=n_kept, say=self.writer.say)
+      except CheckpointError as raised:
+        error = raised
+    hosts.meet('disk space', error=error)
 
   def _first_state(self) -> TrainState:
     params = None

@@ -3,11 +3,12 @@
 import pytest
 
 from chameleon_jax import presets
-from chameleon_jax.config import DataConfig, MeshConfig, TrainConfig
+from chameleon_jax.config import DataConfig, FineTuneConfig, MeshConfig, OptimizerConfig, TrainConfig
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.planning import compiler
-from chameleon_jax.planning.layout import Layout, weight_bytes
+from chameleon_jax.planning.layout import Layout
 from chameleon_jax.planning.topologies import GIB, parse_topology
+from chameleon_jax.planning.weights import weight_bytes
 
 needs_libtpu = pytest.mark.skipif(not compiler.available(), reason='needs libtpu (extra tpu-aot)')
 
@@ -56,6 +57,22 @@ def test_a_tiny_step_is_compiled_for_absent_chips():
   verdict = compiler.compile_train_step(config, parse_topology('v5e-4'))
   assert verdict.fits and verdict.message == ''
   assert weight_bytes(config, Layout(1, 2, 2)).state < verdict.peak < GIB
+
+
+@needs_libtpu
+def test_a_step_with_frozen_weights_is_compiled_too():
+  """Adapters, rows in pieces, Adafactor; the frozen weights are on the chip beside the state."""
+  model = presets.tiny_transformer(d_model=256, d_head=64, d_ff=512, dtype='bfloat16', remat='full', sequence_parallel=True)
+  config = TrainConfig(
+    model=model,
+    vocabulary=presets.tiny_vocabulary(),
+    data=DataConfig(seq_len=32, batch_size=4),
+    mesh=MeshConfig(1, 2, 2),
+    optimizer=OptimizerConfig(name='adafactor'),
+    fine_tune=FineTuneConfig(method='lora', lora_rank=4),
+  )
+  verdict = compiler.compile_train_step(config, parse_topology('v5e-4'))
+  assert verdict.fits and 0 < weight_bytes(config, Layout(1, 2, 2)).frozen < weight_bytes(config, Layout(1, 2, 2)).resident < verdict.peak
 
 
 @needs_libtpu

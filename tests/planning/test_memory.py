@@ -5,22 +5,23 @@ import dataclasses
 import pytest
 
 from chameleon_jax import presets
-from chameleon_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from chameleon_jax.config import DataConfig, FineTuneConfig, MeshConfig, OptimizerConfig, TrainConfig
 from chameleon_jax.planning.layout import Layout
-from chameleon_jax.planning.memory import kept, sample_memory, share_of_device, train_memory
+from chameleon_jax.planning.memory import Kept, kept, sample_memory, share_of_device, train_memory
 from chameleon_jax.planning.speed import Requests
 from chameleon_jax.planning.topologies import GIB
 
 T = 4096
 
 
-def run(size, rows, *, accumulate=1, chunks=16, **model):
+def run(size, rows, *, accumulate=1, chunks=16, length=T, optimizer='adamw', fine_tune=FineTuneConfig(), **model):
   sizes = {'7b': presets.chameleon_7b, '34b': presets.chameleon_34b}
   return TrainConfig(
     model=dataclasses.replace(sizes[size](), **model),
     vocabulary=presets.released_vocabulary(),
-    data=DataConfig(batch_size=rows),
-    optimizer=OptimizerConfig(accumulate_steps=accumulate),
+    data=DataConfig(seq_len=length, batch_size=rows),
+    optimizer=OptimizerConfig(name=optimizer, accumulate_steps=accumulate),
+    fine_tune=fine_tune,
     loss_chunks=chunks,
     mesh=MeshConfig(),
   )
@@ -46,6 +47,15 @@ def test_tensor_axis_cuts_heads_and_inner_width_but_not_the_stream():
   assert kept(share, 1, T).layer == pytest.approx(bf16 + T * 64 * 128 // 4 * 4 + T * 16 * 4, rel=0.01)
 
 
+LORA = {'fine_tune': FineTuneConfig(method='lora'), 'param_dtype': 'bfloat16', 'dropout': 0.0}
+ANOLE = {
+  'fine_tune': FineTuneConfig(method='selected', trainable=('lm_head',), head_rows=(4, 4 + 8192), restart_std=0.02),
+  'param_dtype': 'bfloat16',
+  'dropout': 0.0,
+  'length': 1152,
+}
+PIECES = {'sequence_parallel': True}
+
 # Peaks of the TPU compiler (libtpu 0.0.42.1, jax 0.10.2) for make_train_step, GiB; experiments/README.md repeats them.
 COMPILED = [
   ('7b', Layout(1, 16, 1), {'rows': 16}, 9.585),
@@ -59,12 +69,62 @@ COMPILED = [
   ('7b', Layout(1, 8, 1), {'rows': 8, 'remat': 'none'}, 64.457),
   ('7b', Layout(2, 8, 1), {'rows': 16}, 16.478),
   ('34b', Layout(1, 16, 2), {'rows': 32}, 26.153),
+  ('7b', Layout(1, 16, 4), {'rows': 64, **PIECES}, 4.121),
+  ('7b', Layout(1, 4, 2), {'rows': 8, 'remat': 'dots'}, 29.765),
+  ('7b', Layout(1, 4, 2), {'rows': 8, 'remat': 'dots', **PIECES}, 27.765),
+  ('7b', Layout(1, 4, 2), {'rows': 8, 'remat': 'none'}, 79.455),
+  ('7b', Layout(1, 4, 2), {'rows': 8, 'remat': 'none', **PIECES}, 66.484),
+  ('34b', Layout(1, 16, 2), {'rows': 32, **PIECES}, 23.028),
+  ('34b', Layout(1, 32, 4), {'rows': 64, **PIECES}, 7.992),
+  ('7b', Layout(1, 16, 1), {'rows': 16, 'optimizer': 'adafactor'}, 6.336),
+  ('7b', Layout(1, 16, 1), {'rows': 16, 'optimizer': 'muon'}, 16.91),
+  ('7b', Layout(1, 16, 1), {'rows': 16, **LORA}, 3.390),
+  ('7b', Layout(1, 4, 1), {'rows': 16, **LORA}, 12.392),
+  ('7b', Layout(4, 1, 1), {'rows': 16, **LORA}, 25.233),
+  ('7b', Layout(1, 16, 1), {'rows': 16, **ANOLE}, 1.944),
+  ('7b', Layout(1, 4, 1), {'rows': 16, **ANOLE}, 5.021),
+  ('7b', Layout(4, 1, 1), {'rows': 16, **ANOLE}, 15.439),
 ]
 
 
 @pytest.mark.parametrize(('size', 'layout', 'options', 'peak'), COMPILED)
 def test_the_peak_is_within_ten_per_cent_of_the_compilers(size, layout, options, peak):
   assert train_memory(run(size, **options), layout).peak / GIB == pytest.approx(peak, rel=0.10)
+
+
+def test_muon_is_never_planned_below_the_compiler():
+  """Its update is a bound: 7B on v5p-16 needs 16.03 GiB, and a schedule as that of v5e-16 would need 38 % more."""
+  assert 16.025 < train_memory(run('7b', 8, optimizer='muon'), Layout(1, 8, 1)).peak / GIB < 1.4 * 16.025
+
+
+@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
+def test_rows_in_pieces(remat):
+  """Of a layer's values [T, D] the two that projections read stay whole where nothing is recomputed; the others are cut in four."""
+  share = share_of_device(dataclasses.replace(presets.chameleon_7b(), remat=remat, dropout=0.0), Layout(1, 1, 4))
+  whole, pieces = kept(share, 2, T), kept(share, 2, T, pieces=4)
+  on_stream = 2 * T * 4096 * {'none': 6 * 4, 'dots': 2 * 2, 'full': 2}[remat]  # three float32 values of each norm; x and o_proj; x
+  assert whole.layer - pieces.layer == on_stream * 3 // 4
+  assert whole.rest > pieces.rest > whole.rest // 4
+
+
+def test_the_stream_is_told_from_an_inner_width_of_its_size():
+  model = presets.tiny_transformer(d_model=64, d_ff=128, n_kv_heads=4)
+  share = share_of_device(model, Layout(1, 1, 2))
+  assert share.d_ff == share.d_model
+  other = dataclasses.replace(share, d_ff=96)
+  saved = [kept(config, 4, 32).layer - kept(config, 4, 32, pieces=2).layer for config in (share, other)]
+  assert saved[0] == saved[1] > 0
+
+
+def test_what_is_frozen_keeps_less():
+  """Adapters need no input of the norms' weights; where only the head learns, layers keep nothing and one is at work."""
+  model = dataclasses.replace(presets.chameleon_7b(), dropout=0.0, remat='none')
+  full, lora, anole = (kept(model, 1, T, fine_tune=config) for config in (FineTuneConfig(), LORA['fine_tune'], ANOLE['fine_tune']))
+  assert 0 < lora.layer < full.layer and anole == Kept(0, 0, 0)
+  moments = train_memory(run('7b', 16, **ANOLE), Layout(1, 16, 1)).moments
+  assert moments['layer']['one layer, recomputed'] == kept(model, 1, 1152).narrow and moments['layer']['kept activations'] == 0
+  alone = train_memory(run('7b', 1, **ANOLE), Layout(1, 1, 1)).moments['loss']
+  assert alone['output projection, whole'] == 4 * 4096 * 65_536 > alone['parameters']  # a gradient of all rows, on one card too
 
 
 def test_parts_add_up_and_the_worst_moment_is_the_largest():
@@ -75,7 +135,7 @@ def test_parts_add_up_and_the_worst_moment_is_the_largest():
 
 def test_accumulation_trades_activations_for_a_second_set_of_gradients():
   once, twice = (train_memory(run('7b', 32, accumulate=n), Layout(1, 16, 1)) for n in (1, 2))
-  assert 2 * twice.parts['kept activations'] == once.parts['kept activations']
+  assert 2 * twice.parts['kept activations'] == pytest.approx(once.parts['kept activations'], abs=2048)  # the keys of dropout are few
   assert twice.parts['accumulated gradients'] == twice.parts['gradients'] == once.parts['gradients']
   assert 'accumulated gradients' not in once.parts
 

@@ -10,6 +10,7 @@ from chameleon_jax.errors import ConfigError
 from chameleon_jax.planning import search
 from chameleon_jax.planning.layout import Layout
 from chameleon_jax.planning.memory import Memory, train_memory
+from chameleon_jax.planning.report import words
 from chameleon_jax.planning.speed import Requests, Speed
 from chameleon_jax.planning.topologies import parse_topology
 
@@ -103,10 +104,34 @@ def test_every_way_is_a_setting_the_trainer_takes():
   ways = list(search._train_ways(config, 4))
   assert len(ways) == len({repr(way) for way in ways}) > 30
   for way, layout in ways:
-    assert way.data == config.data and dataclasses.replace(way.model, remat='none') == config.model
+    assert way.data == config.data and dataclasses.replace(way.model, remat='none', sequence_parallel=False) == config.model
+    assert not way.model.sequence_parallel or layout.tensor == 2
     assert 8 % (layout.batch_shards * way.optimizer.accumulate_steps) == 0 and 16 % way.loss_chunks == 0
     assert layout.tensor in (1, 2)  # two key/value heads
     assert Layout.of(way.mesh, 4) == layout
+
+
+def test_rows_in_pieces_where_they_alone_fit(table, monkeypatch):
+  """The table knows no sequence_parallel, so memory is halved where it is on."""
+  table({('full', 2, 2): (24, 1.0)})
+  whole = search.train_memory
+
+  def memory(config, layout):
+    return Memory({'layer': {'all': whole(config, layout).peak // (2 if config.model.sequence_parallel else 1)}})
+
+  monkeypatch.setattr(search, 'train_memory', memory)
+  plan = search.plan_train(tiny(remat='full', mesh=MeshConfig(1, 2, 2)), parse_topology('v5e-4'))
+  assert plan.given is not None and not plan.given.fits and plan.best is not None
+  assert plan.changes == ('--config.model.sequence_parallel=True (now False)',)
+  assert words(plan.best.settings) == 'remat full, rows in pieces, 1 loss chunks, accumulate 1'
+
+
+def test_rows_that_do_not_divide_are_not_cut():
+  config = dataclasses.replace(tiny(), data=DataConfig(seq_len=15, batch_size=8))
+  assert not any(way.model.sequence_parallel for way, _ in search._train_ways(config, 4))
+  cut = dataclasses.replace(config, model=dataclasses.replace(config.model, sequence_parallel=True), mesh=MeshConfig(1, 2, 2))
+  plan = search.plan_train(cut, parse_topology('v5e-4'))
+  assert plan.given is None and 'data.seq_len 15 does not divide over mesh.tensor 2' in plan.reasons[0]
 
 
 def test_a_real_table_34b_on_v5e():

@@ -206,6 +206,14 @@ def test_a_stopped_run_goes_on_on_two_hosts_and_one_host_stops_both(whole, stopp
   _assert_same_losses(workdir, folder, bitwise_until=4)
 
 
+def test_a_disk_that_is_too_small_is_told_before_the_first_step(tmp_path, tokenizers, monkeypatch):
+  usage = shutil.disk_usage(tmp_path)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: usage._replace(free=1000))
+  with pytest.raises(CheckpointError, match='0.0 MiB are free in .*checkpoints; make room'):
+    train(tiny_run.config(), tmp_path, tokenizers=tokenizers)
+  assert (tmp_path / 'metrics.jsonl').read_text() == '' and not list((tmp_path / 'checkpoints').iterdir())
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, tokenizers):
   optimizer = OptimizerConfig(learning_rate=1e30, warmup_steps=2, schedule='constant')
   config = tiny_run.config(optimizer=optimizer, checkpoint=dataclasses.replace(tiny_run.config().checkpoint, every_steps=1))

@@ -39,7 +39,7 @@ class TfdsPairs:
   """Pictures and texts of a prepared data set, see the head of this file.
 
   Raises:
-    DataError: not prepared, not in array_record, or no feature of the kinds.
+    DataError: not prepared, not in array_record, a file is missing or cut off, or no feature of the kinds.
   """
 
   def __init__(self, name: SourceName, split: str):
@@ -63,8 +63,28 @@ class TfdsPairs:
     if self._text is None:
       raise DataError(f'source {name.name!r} has no feature with text or a label: its features are {", ".join(map(".".join, features))}')
     self._labels = self._feature(self._text) if self._text in labels else None
+    self._check_files()
     n = splits[self._split].num_examples if share or self._split != 'train' or split == 'train' else 0
     self._records = SplitRecords([n], [self._builder.info.name], split=split, share=share if self._split == 'train' else 0.0)
+
+  def _check_files(self) -> None:
+    """Every file of the split is there and holds the examples that the data set's own table lists; their ends are read, no examples."""
+    info = self._builder.info.splits[self._split]
+    if 'array_record' not in str(getattr(self._builder.info, 'file_format', '')).lower():
+      return  # `_data` says so
+    from array_record.python import array_record_module
+
+    for path, length in zip(info.filepaths, info.shard_lengths or ()):
+      if not os.path.isfile(path):
+        raise DataError(f'{path} is missing, which source {self._name.name!r} lists; copy it again, or prepare the data set anew')
+      try:
+        reader = array_record_module.ArrayRecordReader(str(path), 'readahead_buffer_size:0')
+        found = reader.num_records()
+      except (RuntimeError, ValueError) as error:
+        raise DataError(f'{path} is cut off or damaged: {_one_line(error)}; copy it again, or prepare the data set anew') from error
+      if found != length:
+        raise DataError(f'{path} is cut off: {found:,} of {length:,} examples; copy it again, or prepare the data set anew')
+      reader.close()
 
   def _feature(self, path: Path) -> Any:
     feature = self._builder.info.features
@@ -106,9 +126,12 @@ class TfdsPairs:
 
   def document(self, index: int, rng: np.random.Generator) -> Document:
     """One example; the form may draw the order and the caption from `rng`."""
+    assert self._text is not None
     try:
       example = self._data[self._records.place(index)[1]]
-      assert self._text is not None
+    except (RuntimeError, ValueError) as error:  # of array_record, for a record that is damaged
+      raise DataError(f'{self.where(index)} cannot be read: {_one_line(error)}; copy the files again') from error
+    try:
       found = _at(example, self._text)
       if self._labels is not None:
         found = [self._labels.int2str(int(label)).replace('_', ' ') for label in np.atleast_1d(found)]

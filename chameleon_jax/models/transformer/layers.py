@@ -169,6 +169,7 @@ class Layer(nn.Module):
     pre = self.config.norm_position == 'pre'
     attention_norm, ffn_norm = RMSNorm(self.config, name='attention_norm'), RMSNorm(self.config, name='ffn_norm')
     drop = nn.Dropout(self.config.dropout, deterministic=deterministic)
+    x = out_of_block(x, self.config)  # rematerialisation keeps this input; unless told so, gathered where norms come behind the blocks
 
     branch, layer_cache, bound = Attention(self.config, name='attention')(
         inside_block(attention_norm(x) if pre else x, self.config), layer_cache, turn, positions, segment_ids

@@ -3,6 +3,7 @@
 import importlib
 import pathlib
 import pickle
+import shutil
 import sys
 
 import numpy as np
@@ -115,6 +116,25 @@ def test_labels_and_a_held_out_share(folders):
 def test_fingerprints_tell_data_sets_apart(folders):
   prints = [fingerprint(_source(folders[name])) for name in ('tiny_captions', 'tiny_captions', 'tiny_labels')]
   assert prints[0] == prints[1] != prints[2]
+
+
+def test_files_that_are_cut_off_or_missing_are_told_when_the_source_is_opened(folders, tmp_path):
+  folder = tmp_path / 'tiny_captions' / '1.0.0'
+  shutil.copytree(folders['tiny_captions'], folder)
+  (file,) = folder.glob('*train*')
+  data = file.read_bytes()
+  for length in (len(data) // 2, len(data) - 10, 0):
+    file.write_bytes(data[:length])
+    with pytest.raises(DataError, match=r'train\.array_record\S+ is cut off.*; copy it again, or prepare the data set anew'):
+      _source(folder)
+  file.unlink()
+  with pytest.raises(DataError, match=r'train\.array_record\S+ is missing, which source'):
+    _source(folder)
+  flipped = bytearray(data)
+  flipped[100] ^= 255
+  file.write_bytes(flipped)
+  with pytest.raises(DataError, match='tiny_captions/1.0.0, train, example 0 cannot be read: .*; copy the files again'):
+    _source(folder).document(0, np.random.default_rng(0))
 
 
 def test_what_is_not_prepared(tmp_path):
