@@ -96,17 +96,15 @@ def few_rows(x: Array, kernel: Array, dims: int) -> Array:
 
   The order of the sum does not depend on the number of rows.
   """
+  x, kernel = lax.optimization_barrier((x, kernel))  # else pieces of the kernel are copied in front of a decode loop
   columns = math.prod(kernel.shape[dims:])
   rows = x.reshape(-1, math.prod(kernel.shape[:dims]) // _UNROLLED, _UNROLLED).astype(jnp.float32)
   pieces = kernel.reshape(-1, _UNROLLED, columns)
-  partial = _sum([rows[:, :, u].T[:, :, None] * pieces[:, None, u].astype(jnp.float32) for u in range(_UNROLLED)])  # [c, rows, n]
-  partial = lax.optimization_barrier(partial)  # else the first loop is repeated inside the second
-  return _sum([partial[c] for c in range(len(partial))]).reshape(*x.shape[: x.ndim - dims], *kernel.shape[dims:])
-
-
-def _sum(terms: Sequence[Array]) -> Array:
-  """One after the other; `jnp.sum` would become a reduction, which XLA does not vectorise here."""
-  return functools.reduce(jnp.add, terms)
+  products = [rows[:, :, u].T[:, :, None] * pieces[:, None, u].astype(jnp.float32) for u in range(_UNROLLED)]
+  partial = functools.reduce(jnp.add, products)  # [c, rows, n]; `jnp.sum` would be a reduction, which XLA does not vectorise here
+  ones = jnp.ones((1, len(partial)), jnp.float32)
+  summed = lax.dot_general(ones, partial.reshape(len(partial), -1), (((1,), (0,)), ((), ())))  # no loop that others could be fused with
+  return summed.reshape(*x.shape[: x.ndim - dims], *kernel.shape[dims:])
 
 
 def _weight_gradient(x: Array, dy: Array, dims: int, n_outputs: int) -> Array:
