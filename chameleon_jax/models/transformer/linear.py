@@ -10,7 +10,7 @@ Does not know: what the axes mean, or how they are sharded.
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,13 @@ _FEW = {'bfloat16': 2, 'int8': 4}  # most rows for which `few_rows` is the faste
 
 
 def linear(
-    x: Array, kernel: Array | QuantizedKernel, dims: int, dtype: Dtype, *, out_dtype: Dtype | None = None, adapter: Mapping[str, Array] | None = None
+    x: Array,
+    kernel: Array | QuantizedKernel,
+    dims: int,
+    dtype: Dtype,
+    *,
+    out_dtype: Dtype | None = None,
+    adapter: Mapping[str, Array] | None = None,
 ) -> Array:
   """Contracts the last `dims` axes of `x` with the first `dims` axes of `kernel`.
 

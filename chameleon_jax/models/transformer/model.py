@@ -29,7 +29,7 @@ from chameleon_jax.models.transformer.blockwise import CONTEXT
 from chameleon_jax.models.transformer.cache import KVCache
 from chameleon_jax.models.transformer.layers import Layer, RMSNorm, adapter_of, add_kernel, between_blocks, inside_block
 from chameleon_jax.models.transformer.linear import PROJECTION, linear
-from chameleon_jax.models.transformer.quantization import QuantizedKernel, contracted_axes, dequantize, look_up, quantize
+from chameleon_jax.models.transformer.quantization import QuantizedKernel, contracted_axes, dequantize, is_quantized, look_up, quantize
 from chameleon_jax.partitioning import constrain
 
 
@@ -161,11 +161,11 @@ def decoding_params(params: Params, config: TransformerConfig) -> Params:
   """
 
   def cast(path: Any, leaf: Any) -> Any:
-    if isinstance(leaf, QuantizedKernel):
+    if is_quantized(leaf):
       return jax.tree.map(jnp.asarray, leaf)
     return jnp.asarray(leaf, None if contracted_axes(path[-1].key) is None else config.dtype)
 
-  return jax.tree_util.tree_map_with_path(cast, unstack_layers(params) if config.scan_layers else params, is_leaf=_is_quantized)
+  return jax.tree_util.tree_map_with_path(cast, unstack_layers(params) if config.scan_layers else params, is_leaf=is_quantized)
 
 
 def quantize_params(params: Params, config: TransformerConfig) -> Params:
@@ -176,9 +176,9 @@ def quantize_params(params: Params, config: TransformerConfig) -> Params:
 
   def quantized(path: Any, leaf: Any) -> Any:
     axes = contracted_axes(path[-1].key)
-    return leaf if axes is None or _is_quantized(leaf) else quantize(leaf, axes)
+    return leaf if axes is None or is_quantized(leaf) else quantize(leaf, axes)
 
-  return jax.tree_util.tree_map_with_path(quantized, unstack_layers(params) if config.scan_layers else params, is_leaf=_is_quantized)
+  return jax.tree_util.tree_map_with_path(quantized, unstack_layers(params) if config.scan_layers else params, is_leaf=is_quantized)
 
 
 def dequantize_params(params: Params) -> Params:
@@ -186,13 +186,9 @@ def dequantize_params(params: Params) -> Params:
 
   def weights(path: Any, leaf: Any) -> Any:
     axes = contracted_axes(path[-1].key)
-    return dequantize(leaf, axes) if isinstance(leaf, QuantizedKernel) and axes is not None else leaf
+    return dequantize(leaf, axes) if is_quantized(leaf) and axes is not None else leaf
 
-  return jax.tree_util.tree_map_with_path(weights, params, is_leaf=_is_quantized)
-
-
-def _is_quantized(leaf: Any) -> bool:
-  return isinstance(leaf, QuantizedKernel)
+  return jax.tree_util.tree_map_with_path(weights, params, is_leaf=is_quantized)
 
 
 def stack_layers(params: Params) -> Params:

@@ -12,13 +12,15 @@ the weights themselves.
 Does not know: the network. Sources: arXiv 1712.05877 (section 2, symmetric), arXiv 2208.07339 (section 3, one scale a column).
 """
 
+from typing import Any, TypeGuard
+
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Int8
 
-from chameleon_jax.array_types import AnyArray
+from chameleon_jax.array_types import AnyArray, Array, Params, PyTree
 
 LEVELS = 127  # -128 is not used, so that a weight and its negative round alike
 
@@ -28,17 +30,22 @@ class QuantizedKernel:
   """A parameter in int8.
 
   Attributes:
-    values: [contracted..., outputs...], or [V, D] of the embedding table.
+    values: int8 [contracted..., outputs...], or [V, D] of the embedding table.
     scale: float32 [outputs...], or [V].
   """
 
-  values: Int8[AnyArray, '...']
-  scale: AnyArray
+  values: Any  # arrays, but in maps over trees also their shapes or shardings
+  scale: Any
 
   @property
   def shape(self) -> tuple[int, ...]:
     """Of the original."""
     return self.values.shape
+
+
+def is_quantized(leaf: Any) -> TypeGuard[QuantizedKernel]:
+  """Whether a leaf of a parameter tree is quantized."""
+  return isinstance(leaf, QuantizedKernel)
 
 
 def contracted_axes(name: str) -> tuple[int, ...] | None:
@@ -70,9 +77,19 @@ def dequantize(kernel: QuantizedKernel, axes: tuple[int, ...]) -> np.ndarray:
   return np.asarray(kernel.values, np.float32) * np.expand_dims(np.asarray(kernel.scale), axes)
 
 
-def look_up(table: QuantizedKernel, tokens: AnyArray) -> AnyArray:
+def look_up(table: QuantizedKernel, tokens: AnyArray) -> Array:
   """Rows of a quantized embedding table, float32 [..., D]."""
   return jnp.take(table.values, tokens, axis=0).astype(jnp.float32) * jnp.take(table.scale, tokens, axis=0)[..., None]
+
+
+def match_shardings(shardings: PyTree, params: Params) -> PyTree:
+  """Shardings of parameters some of which are quantized, from those of the parameters as they were."""
+
+  def matched(path: Any, leaf: Any, sharding: NamedSharding) -> Any:
+    axes = contracted_axes(path[-1].key)
+    return quantized_shardings(sharding, axes) if is_quantized(leaf) and axes is not None else sharding
+
+  return jax.tree_util.tree_map_with_path(matched, params, shardings, is_leaf=is_quantized)
 
 
 def quantized_shardings(sharding: NamedSharding, axes: tuple[int, ...]) -> QuantizedKernel:
