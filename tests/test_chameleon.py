@@ -11,6 +11,7 @@ import chameleon_jax as cj
 from chameleon_jax.config import MeshConfig
 from chameleon_jax.errors import CheckpointError, ConfigError, ImageError
 from chameleon_jax.interop.native import ModelParts, save_model
+from chameleon_jax.interop.opening import check_quantization
 from chameleon_jax.models.transformer.model import Transformer, dequantize_params
 from chameleon_jax.models.vqgan.model import VQGAN, to_pixels
 from chameleon_jax.partitioning import make_mesh
@@ -185,11 +186,9 @@ def int8_model(tiny_model_folder):
 
 def test_int8_weights_write_what_the_weights_they_stand_for_write(model, int8_model):
   parts = dataclasses.replace(int8_model.parts, transformer_params=dequantize_params(int8_model.parts.transformer_params))
-  prompts, options = [cj.Document.chat('draw a red apple'), cj.Document.chat('a pear')], dataclasses.replace(GREEDY, max_new_tokens=8)
+  prompts, options = [cj.Document.chat('draw a red apple')], dataclasses.replace(GREEDY, modalities='text', max_new_tokens=8)
   written, expected = (m.generate(prompts, options) for m in (int8_model, cj.Chameleon(parts)))
-  assert [d.turns for d in written] == [d.turns for d in expected]
-  tokens = np.arange(12).reshape(1, 12)
-  np.testing.assert_allclose(int8_model.logits(tokens), cj.Chameleon(parts).logits(tokens), rtol=1e-4, atol=1e-5)
+  assert [d.turns for d in written] == [d.turns for d in expected] and written[0].turns
   scores = [m.score(prompts[:1], ['red'])[0].log_likelihood for m in (int8_model, cj.Chameleon(parts), model)]
   assert scores[0] == pytest.approx(scores[1], rel=1e-4) and scores[0] == pytest.approx(scores[2], rel=0.05) and scores[0] != scores[2]
   size, whole = (sum(leaf.nbytes for leaf in jax.tree.leaves(m.parts.transformer_params)) for m in (int8_model, model))
@@ -202,20 +201,18 @@ def test_int8_weights_on_a_mesh_are_those_of_one_device(tiny_model_folder, int8_
   kernels = [m.parts.transformer_params['layers_0']['attention']['q_proj'] for m in (spread, int8_model)]
   np.testing.assert_array_equal(kernels[0].values, kernels[1].values)
   assert kernels[0].values.sharding.spec[:2] == ('fsdp', 'tensor') and kernels[0].scale.sharding.spec[0] == 'tensor'
-  prompt, options = [cj.Document.chat('a pear')], dataclasses.replace(GREEDY, max_new_tokens=8)
-  assert spread.generate(prompt, options)[0].turns == int8_model.generate(prompt, options)[0].turns
   placed = Scorer(int8_model.config, int8_model.parts.transformer_params, int8_model.vocabulary, mesh=mesh)
-  alone = Scorer(int8_model.config, int8_model.parts.transformer_params, int8_model.vocabulary)
-  asked = [np.array([0, 40])], [np.array([50, 41, 42])]
-  assert placed.score(*asked)[0].log_likelihood == pytest.approx(alone.score(*asked)[0].log_likelihood, rel=1e-5)
+  assert jax.tree.map(lambda leaf: leaf.sharding, placed.params) == jax.tree.map(lambda leaf: leaf.sharding, spread.parts.transformer_params)
+  prompt, options = [np.array([0, 40, 41])], dataclasses.replace(GREEDY, modalities='text', max_new_tokens=4)
+  np.testing.assert_array_equal(spread.generate_tokens(prompt, options), int8_model.generate_tokens(prompt, options))
 
 
-def test_quantized_weights_are_not_saved_and_others_are_unknown(tiny_model_folder, int8_model, tmp_path):
+def test_quantized_weights_are_not_saved_and_others_are_unknown(int8_model, tmp_path):
   with pytest.raises(CheckpointError, match='these are quantized; load them without quantization'):
     save_model(tmp_path / 'model', int8_model.parts)
   assert not (tmp_path / 'model').exists()
   with pytest.raises(ConfigError, match="quantization 'int4' is not known; 'int8' stores"):
-    cj.load(tiny_model_folder, quantization='int4')
+    check_quantization('int4')  # what `load` asks first
 
 
 def test_a_mesh_of_devices_gives_the_same(tiny_model_folder, model, pictures):
