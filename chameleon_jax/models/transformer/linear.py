@@ -24,8 +24,6 @@ from chameleon_jax.models.transformer.quantization import QuantizedKernel
 from chameleon_jax.partitioning import target_platform
 
 PROJECTION = 'projection'  # name of every result of `linear` for rematerialisation policies
-
-
 _UNROLLED = 8  # terms of a partial sum of `few_rows`: more, and XLA converts the whole kernel beforehand
 _FEW = {'bfloat16': 2, 'int8': 4}  # most rows for which `few_rows` is the faster form; float32 has a fast product of its own
 
@@ -67,7 +65,9 @@ def linear(
 
 def _multiply(x: Array, kernel: Array | QuantizedKernel, dims: int, compute: jnp.dtype, result: jnp.dtype) -> Array:
   if isinstance(kernel, QuantizedKernel):
-    return (_product(x.astype(compute), kernel.values, dims) * kernel.scale).astype(result)
+    # The barrier keeps the conversion of the values inside a decode loop: in front of it they would be stored in a float type after all.
+    x, values = lax.optimization_barrier((x.astype(compute), kernel.values))
+    return (_product(x, values, dims) * kernel.scale).astype(result)
   if compute == jnp.float32:
     return lax.dot_general(x.astype(compute), kernel.astype(compute), _contract(x.ndim, dims)).astype(result)
   return _mixed_linear(dims, result, x.astype(compute), kernel)
@@ -94,9 +94,9 @@ def _product(x: Array, kernel: Array, dims: int) -> Array:
 def few_rows(x: Array, kernel: Array, dims: int) -> Array:
   """The product for one or a few rows on the CPU, where reading the kernel is all the work: float32 [..., outputs].
 
-  XLA's own products of a narrow type take one row at a time with scalar code, or pack the kernel anew in each call. Here the
+  XLA's own products of a narrow type run scalar code for one row, and for several they pack the kernel anew in each call. Here the
   contracted axis is cut in pieces of 8, whose partial sums are one elementwise loop over the outputs (contiguous, so it is
-  vectorised, and both cores share it) that converts what it reads; a second loop adds the partial sums.
+  vectorised, and all cores share it) that converts what it reads; a product with ones adds the partial sums.
 
       y[n] = sum_c p[c, n],   p[c, n] = sum_u x[8 c + u] kernel[8 c + u, n],   u = 0 .. 7
 
@@ -133,7 +133,7 @@ def _weight_gradient(x: Array, dy: Array, dims: int, n_outputs: int) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _mixed_linear(dims: int, result: jnp.dtype, x: Array, kernel: Array) -> Array:
   """`x` is of the compute type already; `kernel` is cast here so that its gradient is never rounded."""
-  return _product(x, kernel.astype(x.dtype), dims).astype(result)  # a bfloat16 kernel of decoding is one already
+  return _product(x, kernel.astype(x.dtype), dims).astype(result)
 
 
 def _mixed_linear_fwd(dims: int, result: jnp.dtype, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -100,3 +100,16 @@ def test_when_the_product_for_few_rows_is_chosen(monkeypatch, rows, kind):
   with jax.set_mesh(make_mesh(MeshConfig(1, 2, 4))):
     trace(jnp.ones((rows, 16)))
   assert not called
+
+
+@pytest.mark.parametrize('kind', ['bfloat16', 'int8'])
+def test_a_decode_loop_does_not_keep_a_wider_copy_of_the_kernel(kind):
+  """XLA would convert the kernel in front of the loop, once and in float32."""
+  kernel = jnp.ones((64, 4096), kind)
+  kernel = QuantizedKernel(kernel, jnp.ones(4096)) if kind == 'int8' else kernel
+
+  def loop(x, kernel):
+    return jax.lax.fori_loop(0, 9, lambda _, x: linear(x, kernel, 1, 'bfloat16')[:, :64] + x, x)
+
+  memory = jax.jit(loop).lower(jnp.ones((1, 64), 'bfloat16'), kernel).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 64 * 4096 * 4
