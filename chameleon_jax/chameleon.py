@@ -24,12 +24,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from chameleon_jax.array_types import Codes, Logits, Pictures, Tokens
-from chameleon_jax.config import Dtype, SamplingOptions, TransformerConfig
+from chameleon_jax.config import Dtype, Quantization, SamplingOptions, TransformerConfig
 from chameleon_jax.data.encode import Encoder, make_encoder
 from chameleon_jax.errors import ChameleonError, CheckpointError
 from chameleon_jax.interop.native import ModelParts, make_vocabulary
 from chameleon_jax.interop.native.adapter import with_adapter
-from chameleon_jax.interop.opening import load_parts, open_checkpoint
+from chameleon_jax.interop.opening import check_quantization, load_parts, open_checkpoint
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.models.vqgan import model as vqgan
 from chameleon_jax.sampling.engine import Engine
@@ -78,6 +78,7 @@ class Chameleon:
       adapter: str | os.PathLike[str] | None = None,
       dtype: Dtype | None = None,
       mesh: Mesh | None = None,
+      quantization: Quantization | None = None,
   ) -> 'Chameleon':
     """Opens a checkpoint of any format, or the shipped weights by their name ('emoji').
 
@@ -89,16 +90,20 @@ class Chameleon:
       adapter: folder of a LoRA adapter to add to the weights, ours or in the form of Hugging Face's peft.
       dtype: of the transformer's parameters and computation; by default that of the stored weights, or of a model folder's config.
       mesh: devices to spread the weights over; None means the default device.
+      quantization: 'int8' keeps the transformer's weights in int8, one scale for each output channel, and computes in `dtype` as before: a
+        quarter of the memory of float32, half of bfloat16. For sampling and scoring; such a model cannot be saved.
 
     Raises:
       CheckpointError: the folder is missing, foreign or damaged.
+      ConfigError: there is no such quantization.
     """
+    check_quantization(quantization)
     folder = pathlib.Path(path)
     if not folder.exists():
       folder = shipped_path(str(path)) or folder
     with open_checkpoint(folder, tokenizer=tokenizer) as model:
       model = model if adapter is None else with_adapter(model, adapter, dtype=dtype)
-      parts = load_parts(model, dtype=dtype, mesh=mesh)
+      parts = load_parts(model, dtype=dtype, mesh=mesh, quantization=quantization)
     for note in model.notes:
       warnings.warn(f'{path}: {note}', stacklevel=2)
     return cls(parts, name=str(path), notes=model.notes)

@@ -9,11 +9,13 @@ import pytest
 
 import chameleon_jax as cj
 from chameleon_jax.config import MeshConfig
-from chameleon_jax.errors import CheckpointError, ImageError
-from chameleon_jax.interop.native import ModelParts
-from chameleon_jax.models.transformer.model import Transformer
+from chameleon_jax.errors import CheckpointError, ConfigError, ImageError
+from chameleon_jax.interop.native import ModelParts, save_model
+from chameleon_jax.interop.opening import check_quantization
+from chameleon_jax.models.transformer.model import Transformer, dequantize_params
 from chameleon_jax.models.vqgan.model import VQGAN, to_pixels
 from chameleon_jax.partitioning import make_mesh
+from chameleon_jax.sampling.scoring import Scorer
 from chameleon_jax.tokens import images
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
@@ -175,6 +177,43 @@ def test_the_type_of_computation_can_be_chosen(tiny_model_folder, model):
   tokens = np.array([[0, 40, 41, 7]], np.int32)
   difference = np.abs(half.logits(tokens) - model.logits(tokens)).max()
   assert half.config.dtype == 'bfloat16' and 0 < difference < 0.1
+
+
+@pytest.fixture(scope='module')
+def int8_model(tiny_model_folder):
+  return cj.load(tiny_model_folder, quantization='int8')
+
+
+def test_int8_weights_write_what_the_weights_they_stand_for_write(model, int8_model):
+  parts = dataclasses.replace(int8_model.parts, transformer_params=dequantize_params(int8_model.parts.transformer_params))
+  prompts, options = [cj.Document.chat('draw a red apple')], dataclasses.replace(GREEDY, modalities='text', max_new_tokens=8)
+  written, expected = (m.generate(prompts, options) for m in (int8_model, cj.Chameleon(parts)))
+  assert [d.turns for d in written] == [d.turns for d in expected] and written[0].turns
+  scores = [m.score(prompts[:1], ['red'])[0].log_likelihood for m in (int8_model, cj.Chameleon(parts), model)]
+  assert scores[0] == pytest.approx(scores[1], rel=1e-4) and scores[0] == pytest.approx(scores[2], rel=0.05) and scores[0] != scores[2]
+  size, whole = (sum(leaf.nbytes for leaf in jax.tree.leaves(m.parts.transformer_params)) for m in (int8_model, model))
+  assert size < 0.35 * whole  # of a tiny network, whose norms and scales count for something
+
+
+def test_int8_weights_on_a_mesh_are_those_of_one_device(tiny_model_folder, int8_model):
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  spread = cj.load(tiny_model_folder, mesh=mesh, quantization='int8')
+  kernels = [m.parts.transformer_params['layers_0']['attention']['q_proj'] for m in (spread, int8_model)]
+  np.testing.assert_array_equal(kernels[0].values, kernels[1].values)
+  assert kernels[0].values.sharding.spec[:2] == ('fsdp', 'tensor') and kernels[0].scale.sharding.spec[0] == 'tensor'
+  placed = Scorer(int8_model.config, int8_model.parts.transformer_params, int8_model.vocabulary, mesh=mesh)
+  lies = [jax.tree.map(lambda leaf: leaf.sharding, params) for params in (placed.params, spread.parts.transformer_params)]
+  assert lies[0] == lies[1]
+  prompt, options = [np.array([0, 40, 41])], dataclasses.replace(GREEDY, modalities='text', max_new_tokens=4)
+  np.testing.assert_array_equal(spread.generate_tokens(prompt, options), int8_model.generate_tokens(prompt, options))
+
+
+def test_quantized_weights_are_not_saved_and_others_are_unknown(int8_model, tmp_path):
+  with pytest.raises(CheckpointError, match='these are quantized; load them without quantization'):
+    save_model(tmp_path / 'model', int8_model.parts)
+  assert not (tmp_path / 'model').exists()
+  with pytest.raises(ConfigError, match="quantization 'int4' is not known; 'int8' stores"):
+    check_quantization('int4')  # what `load` asks first
 
 
 def test_a_mesh_of_devices_gives_the_same(tiny_model_folder, model, pictures):

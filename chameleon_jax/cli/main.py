@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from chameleon_jax.cli import flags as config_flags
+from chameleon_jax.cli.compiled import keep_compiled_programs
 from chameleon_jax.errors import ChameleonError
 
 # command -> (module in chameleon_jax.cli, what it does)
@@ -103,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   SIGINT or SIGTERM stopped with a checkpoint exits with 130 or 143.
   `CHAMELEON_TRACEBACK=1` lets errors through with their traceback.
   """
+  keep_compiled_programs()
   try:
     return run(sys.argv[1:] if argv is None else argv)
   except KeyboardInterrupt:

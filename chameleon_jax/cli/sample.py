@@ -20,12 +20,12 @@ import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from absl import flags
 
 from chameleon_jax.cli.values import parse_value
-from chameleon_jax.config import SamplingOptions
+from chameleon_jax.config import Quantization, SamplingOptions
 from chameleon_jax.errors import ChameleonError, ConfigError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def define_flags() -> None:
   """Defines the flags of the command; sampling flags are the fields of `SamplingOptions`."""
   flags.DEFINE_string('model', 'emoji', "model folder, or 'emoji' for the weights shipped with the package")
   flags.DEFINE_string('adapter', None, 'folder of a LoRA adapter to add to the weights')
+  flags.DEFINE_enum('quantization', None, list(get_args(Quantization)), 'keep the weights of the transformer in int8')
   flags.DEFINE_string('prompt', '', "text of the prompt; '-' reads it from stdin")
   flags.DEFINE_multi_string('image', [], 'picture file placed before the text; may be repeated')
   flags.DEFINE_string('prompts_file', None, '.txt with one prompt a line, or .jsonl with one request a line')
@@ -136,7 +137,7 @@ def main(argv: Sequence[str]) -> int:
   for request in requests:
     if isinstance(request, Malformed):
       print(f'chameleon: {request.error}', file=sys.stderr)
-  model = Chameleon.load(values.model, adapter=values.adapter)
+  model = Chameleon.load(values.model, adapter=values.adapter, quantization=values.quantization)
   if values.fix_from is not None:
     requests = sample_run.with_codes(requests, sample_run.fixed_codes(model, values.fix_from, values.redraw))
   names = sample_results.picture_names([request.id for request in requests], from_flags=from_flags)

@@ -6,6 +6,7 @@ from typing import Literal
 from chameleon_jax.config.checks import require, require_fraction, require_positive
 
 Dtype = Literal['float32', 'bfloat16']
+Quantization = Literal['int8']
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from chameleon_jax.array_types import Array, Params, PyTree
-from chameleon_jax.config import Dtype, TransformerConfig
-from chameleon_jax.errors import CheckpointError
+from chameleon_jax.config import Dtype, Quantization, TransformerConfig
+from chameleon_jax.errors import CheckpointError, ConfigError
 from chameleon_jax.interop.dtypes import stored_dtype
 from chameleon_jax.interop.lazy import NO_DECODER, NO_IMAGE_TOKENIZER, NO_TEXT, Format, LazyModel, TensorSource
 from chameleon_jax.interop.native.checksums import FILE as CHECKSUMS
@@ -28,6 +28,7 @@ from chameleon_jax.interop.native.folder import ModelParts, abstract_transformer
 from chameleon_jax.interop.native.lazy import open_native
 from chameleon_jax.interop.staging import file_errors
 from chameleon_jax.interop.trees import TreeFiller, flat, nested
+from chameleon_jax.models.transformer.quantization import QuantizedKernel, contracted_axes, quantize, quantized_shardings
 from chameleon_jax.partitioning import shardings_of
 
 _MOST_LISTED = 8  # entries of a folder named in a message
@@ -183,7 +184,15 @@ def _checkpoints_below(folder: pathlib.Path, depth: int) -> Iterator[pathlib.Pat
 # ------------------------------------------------------------------------------------------- to the devices
 
 
-def load_parts(model: LazyModel, *, dtype: Dtype | None = None, mesh: Mesh | None = None) -> ModelParts:
+def check_quantization(name: str | None) -> None:
+  """Raises ConfigError for a quantization that there is not."""
+  if name not in (None, *get_args(Quantization)):
+    raise ConfigError(f"quantization {name!r} is not known; 'int8' stores weights in int8, None leaves them as they are")
+
+
+def load_parts(
+    model: LazyModel, *, dtype: Dtype | None = None, mesh: Mesh | None = None, quantization: Quantization | None = None
+) -> ModelParts:
   """Reads a checkpoint onto the devices, one array per layer (`scan_layers=False`), one tensor in host memory at a time.
 
   Args:
@@ -191,16 +200,20 @@ def load_parts(model: LazyModel, *, dtype: Dtype | None = None, mesh: Mesh | Non
     dtype: of the transformer's parameters and of its computation; by default those of a model folder's config, else the
       type the weights are stored in. The image tokenizer is kept in float32: rounding would change its codes.
     mesh: devices to lie on, each parameter split as `partitioning.RULES` says; None means the default device.
+    quantization: 'int8' rounds the transformer's matrices and its embedding table (`models.transformer.quantization`), for sampling
+      and scoring only.
 
   Raises:
-    CheckpointError: a tensor is damaged.
+    CheckpointError: a tensor is damaged, or holds a value that is not finite and is to be quantized.
+    ConfigError: there is no such quantization.
   """
+  check_quantization(quantization)
   values: dict[str, Any] = {'vocabulary': model.vocabulary, 'text_tokenizer': model.text_tokenizer}
   if model.transformer_config is not None and model.transformer is not None:
     config = _loaded_config(model.transformer_config, model, dtype)
     shardings = None if mesh is None else _transformer_shardings(config, mesh)
     values['transformer_config'] = config
-    values['transformer_params'] = _place(model.transformer, config.param_dtype, shardings)
+    values['transformer_params'] = _place(model.transformer, config.param_dtype, shardings, quantization)
   if model.vqgan_config is not None and model.vqgan is not None:
     shardings = None if mesh is None else flat(shardings_of(abstract_vqgan(model.vqgan_config), mesh))
     values['vqgan_config'] = model.vqgan_config
@@ -259,8 +272,24 @@ def _transformer_shardings(config: TransformerConfig, mesh: Mesh) -> dict[str, N
   return layers | {name: sharding for name, sharding in found.items() if not name.startswith('layers_0/')}
 
 
-def _place(source: TensorSource, dtype: str, shardings: dict[str, NamedSharding] | None) -> Params:
-  return nested({name: _placed(source.read(name), dtype, None if shardings is None else shardings[name]) for name in source.specs})
+def _place(
+    source: TensorSource, dtype: str, shardings: dict[str, NamedSharding] | None, quantization: Quantization | None = None
+) -> Params:
+  placed: dict[str, Any] = {}
+  for name in source.specs:
+    sharding = None if shardings is None else shardings[name]
+    axes = None if quantization is None else contracted_axes(name.split('/')[-1])
+    placed[name] = _placed(source.read(name), dtype, sharding) if axes is None else _quantized(name, source.read(name), axes, sharding)
+  return nested(placed)
+
+
+def _quantized(name: str, values: np.ndarray, axes: tuple[int, ...], sharding: NamedSharding | None) -> QuantizedKernel:
+  kernel = quantize(values, axes)
+  if not np.isfinite(kernel.scale).all():
+    raise CheckpointError(f'{name} holds a value that is not finite and cannot be quantized; load the weights without quantization')
+  if sharding is None:
+    return jax.block_until_ready(jax.tree.map(jnp.asarray, kernel))
+  return jax.block_until_ready(jax.device_put(kernel, quantized_shardings(_fitting(sharding, kernel.shape), axes)))
 
 
 def _placed(values: np.ndarray, dtype: str, sharding: NamedSharding | None) -> Array:

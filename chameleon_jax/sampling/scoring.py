@@ -39,6 +39,7 @@ from chameleon_jax.array_types import AnyArray, Array, Params, Tokens
 from chameleon_jax.config import TransformerConfig
 from chameleon_jax.errors import CheckpointError, ConfigError, PromptError
 from chameleon_jax.models.transformer.model import Transformer, decoding_params
+from chameleon_jax.models.transformer.quantization import match_shardings
 from chameleon_jax.partitioning import constrain, shardings_of
 from chameleon_jax.tokens.vocabulary import Vocabulary
 
@@ -192,7 +193,7 @@ def _prepared(params: Params, config: TransformerConfig, mesh: Mesh | None) -> P
   if mesh is not None:
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     boxed = jax.eval_shape(Transformer(config).init, jax.random.key(0), tokens)['params']
-    params = jax.device_put(params, shardings_of(boxed, mesh))
+    params = jax.device_put(params, match_shardings(shardings_of(boxed, mesh), params))
   return decoding_params(params, dataclasses.replace(config, scan_layers=False))  # stacked layers stay stacked
 
 

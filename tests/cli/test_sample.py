@@ -76,6 +76,23 @@ def test_bad_input_is_one_line(model, arguments, message, capsys):
   assert message in error and '\n' not in error
 
 
+@pytest.mark.parametrize('command', ['sample', 'evaluate'])
+def test_the_weights_can_be_kept_in_int8(model, command, monkeypatch, capsys):
+  asked = []
+
+  def load(path, **options):
+    asked.append(options['quantization'])
+    raise PromptError('seen enough')
+
+  monkeypatch.setattr(Chameleon, 'load', load)
+  arguments = [command, f'--model={model}', *(['--prompt=a'] if command == 'sample' else [])]
+  assert main([*arguments, '--quantization=int8']) == main(arguments) == 1 and asked == ['int8', None]
+  capsys.readouterr()
+  assert main([*arguments, '--quantization=int4']) == 2
+  error = capsys.readouterr().err.strip()
+  assert 'int4' in error and 'int8' in error and '\n' not in error
+
+
 # ------------------------------------------------------------------------------------ on a tiny model
 
 

@@ -44,6 +44,7 @@ from chameleon_jax.interop.native.files import (
 from chameleon_jax.interop.staging import staged
 from chameleon_jax.interop.trees import TreeFiller, check_groups, check_n_layers, check_shapes, flat, group_shapes, stored_vqgan_shapes
 from chameleon_jax.models.transformer.model import Transformer
+from chameleon_jax.models.transformer.quantization import is_quantized
 from chameleon_jax.models.vqgan.model import VQGAN
 from chameleon_jax.partitioning import fetch
 from chameleon_jax.tokens.text import TextTokenizer
@@ -75,8 +76,10 @@ def save_model(path: str | os.PathLike[str], parts: ModelParts, *, dtype: str | 
     dtype: type to store floating parameters in ('bfloat16' halves the folder); None keeps theirs.
 
   Raises:
-    CheckpointError: `path` exists and is not a model folder, or writing failed (nothing is left behind).
+    CheckpointError: `path` exists and is not a model folder, writing failed (nothing is left behind), or the weights are quantized.
   """
+  if any(map(is_quantized, jax.tree.leaves(parts.transformer_params, is_leaf=is_quantized))):
+    raise CheckpointError(f'{path}: a model folder holds the weights themselves, and these are quantized; load them without quantization')
   groups = _groups(parts.transformer_params if parts.transformer_config is not None else None)
   error: CheckpointError | None = None
   if hosts.is_first():

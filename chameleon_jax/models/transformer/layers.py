@@ -17,6 +17,7 @@ from chameleon_jax.array_types import Activations, Array, Positions, SegmentIds
 from chameleon_jax.config import TransformerConfig
 from chameleon_jax.models.transformer import attention, cache, rope
 from chameleon_jax.models.transformer.linear import linear
+from chameleon_jax.models.transformer.quantization import QuantizedKernel
 from chameleon_jax.partitioning import RULES, constrain
 
 Initializer = Callable[..., Array]
@@ -24,7 +25,17 @@ Initializer = Callable[..., Array]
 
 def add_parameter(module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], *, init: Initializer, dtype: str) -> Array:
   """Declares a parameter of `module` with one logical axis name per dimension and returns its plain value."""
-  return jnp.asarray(module.param(name, nn.with_logical_partitioning(init, axes, rules=RULES), shape, jnp.dtype(dtype)))
+  value = add_kernel(module, name, shape, axes, init=init, dtype=dtype)
+  assert not isinstance(value, QuantizedKernel), f'{name} is never quantized'
+  return value
+
+
+def add_kernel(
+    module: nn.Module, name: str, shape: tuple[int, ...], axes: tuple[str, ...], *, init: Initializer, dtype: str
+) -> Array | QuantizedKernel:
+  """The same for a parameter that may have been quantized since."""
+  value = module.param(name, nn.with_logical_partitioning(init, axes, rules=RULES), shape, jnp.dtype(dtype))
+  return value if isinstance(value, QuantizedKernel) else jnp.asarray(value)
 
 
 def between_blocks(x: Activations, config: TransformerConfig) -> Activations:
@@ -103,7 +114,7 @@ class Attention(nn.Module):
     init, init_out = _initializers(config)
 
     def project(name: str, heads: int, axis: str) -> Array:
-      kernel = add_parameter(self, name, (d_model, heads, d_head), ('embed', axis, 'd_head'), init=init, dtype=config.param_dtype)
+      kernel = add_kernel(self, name, (d_model, heads, d_head), ('embed', axis, 'd_head'), init=init, dtype=config.param_dtype)
       y = linear(x, kernel, 1, config.dtype, adapter=adapter_of(self, name))
       return constrain(y, 'batch', 'length', f'act_{axis}', 'd_head')
 
@@ -122,7 +133,7 @@ class Attention(nn.Module):
       context = attention.attend_cache(q, *layer_cache, positions=positions, dtype=config.dtype)
     context = constrain(context, 'batch', 'length', 'act_heads', 'd_head')
     shape, axes = (n_heads, d_head, d_model), ('heads', 'd_head', 'embed')
-    o_proj = add_parameter(self, 'o_proj', shape, axes, init=init_out, dtype=config.param_dtype)
+    o_proj = add_kernel(self, 'o_proj', shape, axes, init=init_out, dtype=config.param_dtype)
     branch = linear(context, o_proj, 2, config.dtype, adapter=adapter_of(self, 'o_proj'))
     return branch, layer_cache, jax.lax.stop_gradient(bound)
 
@@ -137,9 +148,9 @@ class FeedForward(nn.Module):
     config = self.config
     init, init_out = _initializers(config)
     wide, narrow = (config.d_model, config.d_ff), (config.d_ff, config.d_model)
-    gate_proj = add_parameter(self, 'gate_proj', wide, ('embed', 'mlp'), init=init, dtype=config.param_dtype)
-    up_proj = add_parameter(self, 'up_proj', wide, ('embed', 'mlp'), init=init, dtype=config.param_dtype)
-    down_proj = add_parameter(self, 'down_proj', narrow, ('mlp', 'embed'), init=init_out, dtype=config.param_dtype)
+    gate_proj = add_kernel(self, 'gate_proj', wide, ('embed', 'mlp'), init=init, dtype=config.param_dtype)
+    up_proj = add_kernel(self, 'up_proj', wide, ('embed', 'mlp'), init=init, dtype=config.param_dtype)
+    down_proj = add_kernel(self, 'down_proj', narrow, ('mlp', 'embed'), init=init_out, dtype=config.param_dtype)
     gate = linear(x, gate_proj, 1, config.dtype, adapter=adapter_of(self, 'gate_proj'))
     up = linear(x, up_proj, 1, config.dtype, adapter=adapter_of(self, 'up_proj'))
     inner = constrain(jax.nn.silu(gate) * up, 'batch', 'length', 'act_mlp')

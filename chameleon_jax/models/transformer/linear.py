@@ -2,8 +2,8 @@
 
 Operands are cast to the compute type and products are summed in float32. In bfloat16 the backward products are
 written out, because automatic differentiation would multiply a float32 cotangent with a bfloat16 operand, which
-no platform does fast. On one CPU device two more forms matter (see `_weight_gradient`, measured with
-AVX512-BF16, and `_product`); elsewhere the plain products are right.
+no platform does fast. On one CPU device other forms are faster (see `_weight_gradient` and `few_rows`, measured with
+AVX512-BF16); elsewhere the plain products are right. A kernel may be stored in int8 (`quantization.QuantizedKernel`).
 
 Does not know: what the axes mean, or how they are sharded.
 """
@@ -20,13 +20,22 @@ from jax.experimental.layout import Layout, with_layout_constraint
 
 from chameleon_jax.array_types import Array
 from chameleon_jax.config import Dtype
+from chameleon_jax.models.transformer.quantization import QuantizedKernel
 from chameleon_jax.partitioning import target_platform
 
 PROJECTION = 'projection'  # name of every result of `linear` for rematerialisation policies
+_UNROLLED = 8  # terms of a partial sum of `few_rows`: more, and XLA converts the whole kernel beforehand
+_FEW = {'bfloat16': 2, 'int8': 4}  # most rows for which `few_rows` is the faster form; float32 has a fast product of its own
 
 
 def linear(
-    x: Array, kernel: Array, dims: int, dtype: Dtype, *, out_dtype: Dtype | None = None, adapter: Mapping[str, Array] | None = None
+    x: Array,
+    kernel: Array | QuantizedKernel,
+    dims: int,
+    dtype: Dtype,
+    *,
+    out_dtype: Dtype | None = None,
+    adapter: Mapping[str, Array] | None = None,
 ) -> Array:
   """Contracts the last `dims` axes of `x` with the first `dims` axes of `kernel`.
 
@@ -35,7 +44,8 @@ def linear(
 
   Args:
     x: activations [..., contracted].
-    kernel: weights [contracted, ...] in any float type; master weights stay as they are.
+    kernel: weights [contracted, ...] in any float type; master weights stay as they are. Or int8 values with a scale an output,
+      which multiplies the sum, so that the values are converted inside the product and never stored; such a kernel has no gradient.
     dims: number of contracted axes.
     dtype: type of both operands inside the product; the sum is float32.
     out_dtype: type of the result, `dtype` unless given.
@@ -53,7 +63,11 @@ def linear(
   return checkpoint_name(y.astype(result), PROJECTION)
 
 
-def _multiply(x: Array, kernel: Array, dims: int, compute: jnp.dtype, result: jnp.dtype) -> Array:
+def _multiply(x: Array, kernel: Array | QuantizedKernel, dims: int, compute: jnp.dtype, result: jnp.dtype) -> Array:
+  if isinstance(kernel, QuantizedKernel):
+    # The barrier keeps the conversion of the values inside a decode loop: in front of it they would be stored in a float type after all.
+    x, values = lax.optimization_barrier((x.astype(compute), kernel.values))
+    return (_product(x, values, dims) * kernel.scale).astype(result)
   if compute == jnp.float32:
     return lax.dot_general(x.astype(compute), kernel.astype(compute), _contract(x.ndim, dims)).astype(result)
   return _mixed_linear(dims, result, x.astype(compute), kernel)
@@ -70,12 +84,33 @@ def _on_one_cpu() -> bool:
 
 
 def _product(x: Array, kernel: Array, dims: int) -> Array:
-  """float32 [..., outputs]; one row is doubled on the CPU: alone it misses the bfloat16 fast path (seen with AMX)."""
-  if not (_on_one_cpu() and math.prod(x.shape[:-dims]) == 1):
-    return lax.dot_general(x, kernel, _contract(x.ndim, dims), preferred_element_type=jnp.float32)
-  row = x.reshape(1, *x.shape[-dims:])
-  pair = lax.dot_general(jnp.concatenate([row, row]), kernel, _contract(row.ndim, dims), preferred_element_type=jnp.float32)
-  return pair[0].reshape(*x.shape[:-dims], *kernel.shape[dims:])
+  """float32 [..., outputs] of `x` and a kernel whose values the type of `x` holds exactly."""
+  contracted, most = math.prod(kernel.shape[:dims]), _FEW.get(kernel.dtype.name, 0)
+  if math.prod(x.shape[:-dims]) <= most and contracted % _UNROLLED == 0 and _on_one_cpu():
+    return few_rows(x, kernel, dims)
+  return lax.dot_general(x, kernel.astype(x.dtype), _contract(x.ndim, dims), preferred_element_type=jnp.float32)
+
+
+def few_rows(x: Array, kernel: Array, dims: int) -> Array:
+  """The product for one or a few rows on the CPU, where reading the kernel is all the work: float32 [..., outputs].
+
+  XLA's own products of a narrow type run scalar code for one row, and for several they pack the kernel anew in each call. Here the
+  contracted axis is cut in pieces of 8, whose partial sums are one elementwise loop over the outputs (contiguous, so it is
+  vectorised, and all cores share it) that converts what it reads; a product with ones adds the partial sums.
+
+      y[n] = sum_c p[c, n],   p[c, n] = sum_u x[8 c + u] kernel[8 c + u, n],   u = 0 .. 7
+
+  The order of the sum does not depend on the number of rows.
+  """
+  x, kernel = lax.optimization_barrier((x, kernel))  # else pieces of the kernel are copied in front of a decode loop
+  columns = math.prod(kernel.shape[dims:])
+  rows = x.reshape(-1, math.prod(kernel.shape[:dims]) // _UNROLLED, _UNROLLED).astype(jnp.float32)
+  pieces = kernel.reshape(-1, _UNROLLED, columns)
+  products = [rows[:, :, u].T[:, :, None] * pieces[:, None, u].astype(jnp.float32) for u in range(_UNROLLED)]
+  partial = functools.reduce(jnp.add, products)  # [c, rows, n]; `jnp.sum` would be a reduction, which XLA does not vectorise here
+  ones = jnp.ones((1, len(partial)), jnp.float32)
+  summed = lax.dot_general(ones, partial.reshape(len(partial), -1), (((1,), (0,)), ((), ())))  # no loop that others could be fused with
+  return summed.reshape(*x.shape[: x.ndim - dims], *kernel.shape[dims:])
 
 
 def _weight_gradient(x: Array, dy: Array, dims: int, n_outputs: int) -> Array:

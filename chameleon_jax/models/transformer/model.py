@@ -27,8 +27,9 @@ from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer import rope
 from chameleon_jax.models.transformer.blockwise import CONTEXT
 from chameleon_jax.models.transformer.cache import KVCache
-from chameleon_jax.models.transformer.layers import Layer, RMSNorm, adapter_of, add_parameter, between_blocks, inside_block
+from chameleon_jax.models.transformer.layers import Layer, RMSNorm, adapter_of, add_kernel, between_blocks, inside_block
 from chameleon_jax.models.transformer.linear import PROJECTION, linear
+from chameleon_jax.models.transformer.quantization import QuantizedKernel, contracted_axes, dequantize, is_quantized, look_up, quantize
 from chameleon_jax.partitioning import constrain
 
 
@@ -44,7 +45,7 @@ class Transformer(nn.Module):
     config = self.config
     init = nn.initializers.normal(config.init_std)
     width, size = config.d_model, config.vocab_size
-    self.embedding = add_parameter(self, 'embedding', (size, width), ('vocab_in', 'embed_in'), init=init, dtype=config.param_dtype)
+    self.embedding = add_kernel(self, 'embedding', (size, width), ('vocab_in', 'embed_in'), init=init, dtype=config.param_dtype)
     if config.scan_layers:
       self.layers = nn.scan(
           _rematerialised(config),
@@ -58,7 +59,7 @@ class Transformer(nn.Module):
     else:
       self.layers = [_rematerialised(config)(config) for _ in range(config.n_layers)]
     self.final_norm = RMSNorm(config)
-    self.lm_head = add_parameter(self, 'lm_head', (width, size), ('embed', 'vocab_out'), init=init, dtype=config.param_dtype)
+    self.lm_head = add_kernel(self, 'lm_head', (width, size), ('embed', 'vocab_out'), init=init, dtype=config.param_dtype)
 
   def __call__(
       self,
@@ -111,7 +112,9 @@ class Transformer(nn.Module):
       positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     turn = rope.rotation(positions, config.d_head, config.rope_theta)
 
-    x = jnp.take(self.embedding, tokens, axis=0).astype(config.dtype)
+    table = self.embedding
+    rows = look_up(table, tokens) if isinstance(table, QuantizedKernel) else jnp.take(table, tokens, axis=0)
+    x = rows.astype(config.dtype)
     x = between_blocks(x, config)
     if config.scan_layers:
       stacked = None if cache is None else (cache.k, cache.v)
@@ -154,15 +157,38 @@ def unstack_layers(params: Params) -> Params:
 def decoding_params(params: Params, config: TransformerConfig) -> Params:
   """Parameters on the device, one array per layer; what `linear` would cast at every token is cast once.
 
-  `config.scan_layers` says how `params` are stacked. Arrays that are already so are shared, not copied.
+  `config.scan_layers` says how `params` are stacked. Arrays that are already so are shared, not copied; quantized ones stay so.
   """
 
   def cast(path: Any, leaf: Any) -> Any:
-    name = path[-1].key
-    is_matrix = name.endswith('_proj') or name in ('embedding', 'lm_head')
-    return jnp.asarray(leaf, config.dtype if is_matrix else None)
+    if is_quantized(leaf):
+      return jax.tree.map(jnp.asarray, leaf)
+    return jnp.asarray(leaf, None if contracted_axes(path[-1].key) is None else config.dtype)
 
-  return jax.tree_util.tree_map_with_path(cast, unstack_layers(params) if config.scan_layers else params)
+  return jax.tree_util.tree_map_with_path(cast, unstack_layers(params) if config.scan_layers else params, is_leaf=is_quantized)
+
+
+def quantize_params(params: Params, config: TransformerConfig) -> Params:
+  """Parameters for sampling with the projections, lm_head and embedding in int8 (`quantization`), one array per layer, in host memory.
+
+  `config.scan_layers` says how `params` are stacked. For weights that lie on a mesh load them with `quantization='int8'` instead.
+  """
+
+  def quantized(path: Any, leaf: Any) -> Any:
+    axes = contracted_axes(path[-1].key)
+    return leaf if axes is None or is_quantized(leaf) else quantize(leaf, axes)
+
+  return jax.tree_util.tree_map_with_path(quantized, unstack_layers(params) if config.scan_layers else params, is_leaf=is_quantized)
+
+
+def dequantize_params(params: Params) -> Params:
+  """The float32 weights that quantized ones stand for, on the host."""
+
+  def weights(path: Any, leaf: Any) -> Any:
+    axes = contracted_axes(path[-1].key)
+    return dequantize(leaf, axes) if is_quantized(leaf) and axes is not None else leaf
+
+  return jax.tree_util.tree_map_with_path(weights, params, is_leaf=is_quantized)
 
 
 def stack_layers(params: Params) -> Params:

@@ -1,12 +1,16 @@
 """The matrix product and its gradients in all shapes, types and places it is used in."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from chameleon_jax.config import MeshConfig
-from chameleon_jax.models.transformer.linear import linear
+from chameleon_jax.models.transformer import linear as linear_module
+from chameleon_jax.models.transformer.linear import few_rows, linear
+from chameleon_jax.models.transformer.quantization import QuantizedKernel
 from chameleon_jax.partitioning import make_mesh
 
 SHAPES = {
@@ -61,3 +65,51 @@ def test_weight_gradient_inside_a_mesh(sizes):
   with jax.set_mesh(mesh):
     gradient = jax.jit(jax.grad(lambda kernel: jnp.sum(linear(x, kernel, 1, 'bfloat16', out_dtype='float32'))))(kernel)
   np.testing.assert_array_equal(gradient, np.repeat(np.asarray(x).sum((0, 1))[:, None], 64, axis=1))
+
+
+@pytest.mark.parametrize('rows', [1, 2, 4], ids='{} rows'.format)
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'int8'])
+def test_few_rows_against_float64(kind, rows):
+  """Both factors are exact in float32, so the bound is that of 88 float32 additions and one rounding a product."""
+  rng = np.random.default_rng(rows)
+  kernel = jnp.asarray(rng.integers(-127, 128, (11, 8, 24)) if kind == 'int8' else rng.standard_normal((11, 8, 24)), kind)
+  x = jnp.asarray(rng.standard_normal((rows, 1, 11, 8)), 'bfloat16')
+  exact_x, exact_kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
+  y = jax.jit(few_rows, static_argnums=2)(x, kernel, 2)
+  expected, size = (np.tensordot(f(exact_x), f(exact_kernel), 2) for f in (np.asarray, np.abs))
+  assert y.shape == (rows, 1, 24) and y.dtype == jnp.float32
+  assert (np.abs(y - expected) <= 89 * 2.0**-24 * size).all()
+
+
+def test_the_sum_of_few_rows_does_not_depend_on_their_number():
+  x, kernel = jnp.asarray(draw((4, 64), 0) / 7, 'bfloat16'), jnp.asarray(draw((64, 40), 1) / 3, 'bfloat16')
+  together = few_rows(x, kernel, 1)
+  np.testing.assert_array_equal(together, jnp.concatenate([few_rows(x[row : row + 1], kernel, 1) for row in range(4)]))
+
+
+@pytest.mark.parametrize(('rows', 'kind'), [(1, 'bfloat16'), (3, 'bfloat16'), (4, 'int8'), (5, 'int8')])
+def test_when_the_product_for_few_rows_is_chosen(monkeypatch, rows, kind):
+  called = []
+  monkeypatch.setattr(linear_module, 'few_rows', lambda *args: called.append(args) or few_rows(*args))
+  kernel = jnp.ones((16, 8), kind)
+  kernel = QuantizedKernel(kernel, jnp.ones(8)) if kind == 'int8' else kernel
+  trace = functools.partial(jax.eval_shape, lambda x: linear(x, kernel, 1, 'bfloat16'))
+  trace(jnp.ones((rows, 16)))
+  assert bool(called) == (rows in (1, 4))
+  called.clear()
+  with jax.set_mesh(make_mesh(MeshConfig(1, 2, 4))):
+    trace(jnp.ones((rows, 16)))
+  assert not called
+
+
+@pytest.mark.parametrize('kind', ['bfloat16', 'int8'])
+def test_a_decode_loop_does_not_keep_a_wider_copy_of_the_kernel(kind):
+  """XLA would convert the kernel in front of the loop, once and in float32."""
+  kernel = jnp.ones((64, 4096), kind)
+  kernel = QuantizedKernel(kernel, jnp.ones(4096)) if kind == 'int8' else kernel
+
+  def loop(x, kernel):
+    return jax.lax.fori_loop(0, 9, lambda _, x: linear(x, kernel, 1, 'bfloat16')[:, :64] + x, x)
+
+  memory = jax.jit(loop).lower(jnp.ones((1, 64), 'bfloat16'), kernel).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 64 * 4096 * 4
