@@ -23,7 +23,7 @@ from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.planning.layout import Layout, boxed_params, cache_bytes, decoding_bytes, itemsize
 from chameleon_jax.planning.speed import Requests, matmul_weights
 from chameleon_jax.planning.weights import orthogonalised, trained_weights, weight_bytes, whole_gradients
-from chameleon_jax.sampling.streams import FILL_ROWS
+from chameleon_jax.sampling.stream_pool import FILL_ROWS
 from chameleon_jax.training.state import unboxed
 from chameleon_jax.training.trainable import FULL, Tuning
 

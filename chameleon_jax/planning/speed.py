@@ -35,7 +35,7 @@ from chameleon_jax.config import TrainConfig, TransformerConfig
 from chameleon_jax.planning.layout import Layout, cache_bytes, itemsize
 from chameleon_jax.planning.topologies import Topology
 from chameleon_jax.planning.weights import trained_weights, weight_bytes
-from chameleon_jax.sampling.streams import MIN_SLOTS, power_of_two, size
+from chameleon_jax.sampling.stream_pool import MIN_SLOTS, power_of_two, size
 from chameleon_jax.training.trainable import Tuning
 
 _EFFICIENCY = {'v4': 0.6, 'v5e': 0.6, 'v5p': 0.65, 'v6e': 0.5, 'a100': 0.5, 'h100': 0.5, 'h200': 0.5, 'l4': 0.5}
@@ -186,7 +186,7 @@ class Requests:
   guided: bool = True
 
   def streams(self, layout: Layout) -> int:
-    """Rows of the cache, as `sampling/streams.py` sizes it."""
+    """Rows of the cache, as `sampling/stream_pool.py` sizes it."""
     return size(self.n * (3 if self.guided else 1), multiple=layout.batch_shards)
 
   def slots(self, config: TransformerConfig) -> int:

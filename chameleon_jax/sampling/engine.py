@@ -11,7 +11,7 @@ stop tokens: what a row draws does not depend on which rows share its batch. One
 the prompts that wait, runs up to `max_steps` steps on the device, and speaks with the device once.
 
 Compiled programs. One `fill` per (prompts filled together, width, slots) and one `decode` per (rows, streams, slots, steps of the
-draw that exist) that occurs. Sizes come from the short series of `streams.py`; temperatures, scales, seeds, limits,
+draw that exist) that occurs. Sizes come from the short series of `stream_pool.py`; temperatures, scales, seeds, limits,
 constraints and modalities are data and compile nothing; a program that exists is preferred to one that would fit a little
 better. With s = log2(max_seq_len / 16) sizes of slots that is at most 9 s fills, and, since streams are 1 to 4 times the rows,
 at most 3 (log2(max_rows) + 1) s decodes for each of the 12 sets of steps. In practice a handful.
@@ -41,7 +41,7 @@ from chameleon_jax.models.transformer.model import Transformer, decoding_params
 from chameleon_jax.sampling import guidance, loop, modality
 from chameleon_jax.sampling import logits as drawing
 from chameleon_jax.sampling.requests import Limits, Progress, Row
-from chameleon_jax.sampling.streams import LIGHT_BYTES, MakeCache, StreamPool, batch_shards, power_of_two, size
+from chameleon_jax.sampling.stream_pool import LIGHT_BYTES, MakeCache, StreamPool, batch_shards, power_of_two, size
 from chameleon_jax.tokens.vocabulary import Vocabulary
 
 MAX_STEPS = 256
@@ -50,7 +50,7 @@ _STEPS_WHILE_FILLING = 32
 
 @dataclasses.dataclass(frozen=True)
 class ModelFunctions:
-  """A model as the sampler sees it: three pure functions, described in `loop` and `streams`; and what has been compiled for it.
+  """A model as the sampler sees it: three pure functions, described in `loop` and `stream_pool`; and what has been compiled for it.
 
   Attributes:
     forward, unembed, make_cache: the functions.

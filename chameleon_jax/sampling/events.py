@@ -3,7 +3,7 @@
     TextPiece*  (PictureStarted PictureRows* PictureDone TextPiece*)*  (Ended | Failed)
 
 Events of several requests come mixed; `request` is the place of the prompt in the call, from 0. A picture that is cut off
-has a start and no `PictureDone`. Made by `streaming.Assembler`; knows no tokens. Source: spec model.md 8.4 says
+has a start and no `PictureDone`. Made by `assembler.Assembler`; knows no tokens. Source: spec model.md 8.4 says
 what Meta streams (tokens); these are its consumers' segments.
 """
 

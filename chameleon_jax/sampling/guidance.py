@@ -16,7 +16,7 @@ import numpy as np
 
 from chameleon_jax.sampling import loop, modality
 from chameleon_jax.sampling.requests import Row, only_pictures
-from chameleon_jax.sampling.streams import Stream, StreamPool
+from chameleon_jax.sampling.stream_pool import Stream, StreamPool
 from chameleon_jax.tokens.vocabulary import Vocabulary
 
 LEAST_STEPS = 64  # for which a row gets slots at once

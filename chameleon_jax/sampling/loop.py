@@ -21,7 +21,7 @@ with positions of their own:
 i takes begin_sequence, begin_image, codes and end_image only. u holds begin_sequence and the open picture: at
 each begin_image it starts again at slot 1, and what an earlier picture left in later slots is overwritten before it
 is reached. So no stream is ever run anew when a row moves between text and pictures. Where the streams lie, and
-which of them exist, is the host's business (`streams.py`): it hands in `Places`. A guided row that opens a picture
+which of them exist, is the host's business (`stream_pool.py`): it hands in `Places`. A guided row that opens a picture
 before its streams are there ends the run of steps, so that the host can provide them.
 
 A step feeds the token of every row and draws the next; so the last token of a prompt is fed by the first step, and

@@ -16,7 +16,7 @@ from chameleon_jax.config import SamplingOptions
 from chameleon_jax.errors import PromptError
 from chameleon_jax.sampling import logits as drawing
 from chameleon_jax.sampling import loop, modality
-from chameleon_jax.sampling.streams import Stream
+from chameleon_jax.sampling.stream_pool import Stream
 from chameleon_jax.tokens.vocabulary import Vocabulary
 
 Finished = Literal['stop', 'length', 'picture', 'cancelled', 'failed']

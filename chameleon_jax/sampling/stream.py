@@ -20,9 +20,9 @@ import numpy as np
 
 from chameleon_jax.config import SamplingOptions
 from chameleon_jax.errors import ChameleonError, ConfigError, PromptError
+from chameleon_jax.sampling.assembler import Assembler, Decode, decoded
 from chameleon_jax.sampling.events import Event, Failed
 from chameleon_jax.sampling.requests import Progress, open_codes
-from chameleon_jax.sampling.streaming import Assembler, Decode, decoded
 from chameleon_jax.tokens.text import TextTokenizer
 from chameleon_jax.tokens.vocabulary import Vocabulary
 

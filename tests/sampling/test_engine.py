@@ -13,7 +13,7 @@ from chameleon_jax.config import SamplingOptions
 from chameleon_jax.errors import CheckpointError, PromptError
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.presets import tiny_transformer, tiny_vocabulary
-from chameleon_jax.sampling import engine, loop, requests, streams
+from chameleon_jax.sampling import engine, loop, requests, stream_pool
 from chameleon_jax.tokens.vocabulary import Vocabulary
 
 CONFIG = tiny_transformer(max_seq_len=48, init_std=0.3)  # weights large enough that the context decides
@@ -170,4 +170,4 @@ def test_open_codes_examples():
 
 @pytest.mark.parametrize(('n', 'smallest', 'expected'), [(0, 1, 1), (1, 1, 1), (3, 1, 4), (4, 1, 4), (5, 16, 16), (17, 16, 32)])
 def test_power_of_two(n, smallest, expected):
-  assert streams.power_of_two(n, smallest=smallest) == expected
+  assert stream_pool.power_of_two(n, smallest=smallest) == expected

@@ -9,8 +9,8 @@ import pytest
 
 from chameleon_jax.chameleon import shipped_path
 from chameleon_jax.config import VocabularyConfig
+from chameleon_jax.sampling.assembler import Assembler, Detokenizer
 from chameleon_jax.sampling.events import Ended, Failed, PictureDone, PictureRows, PictureStarted, TextPiece
-from chameleon_jax.sampling.streaming import Assembler, Detokenizer
 from chameleon_jax.tokens.document import Codes, Image, Text
 from chameleon_jax.tokens.render import unrender
 from chameleon_jax.tokens.text import SentencePieceText

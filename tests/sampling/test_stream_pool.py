@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from chameleon_jax.config import SamplingOptions
-from chameleon_jax.sampling import guidance, loop, streams
+from chameleon_jax.sampling import guidance, loop, stream_pool
 from tests.sampling.scripted import CONTEXT, FUNCTIONS, V, example_prompts, make_engine, scripts
 
 
 def make_pool(**keywords):
-  return streams.StreamPool(FUNCTIONS.make_cache, forward=FUNCTIONS.forward, max_slots=CONTEXT, known=set(), **keywords)
+  return stream_pool.StreamPool(FUNCTIONS.make_cache, forward=FUNCTIONS.forward, max_slots=CONTEXT, known=set(), **keywords)
 
 
 def held(pool, stream):
@@ -19,12 +19,12 @@ def held(pool, stream):
 
 @pytest.mark.parametrize(('n', 'multiple', 'expected'), [(1, 1, 1), (3, 1, 4), (16, 1, 16), (17, 1, 32), (1, 4, 4), (9, 4, 16), (5, 3, 6)])
 def test_size(n, multiple, expected):
-  assert streams.size(n, multiple=multiple) == expected
+  assert stream_pool.size(n, multiple=multiple) == expected
 
 
 @pytest.mark.parametrize(('n', 'expected'), [(0, 1), (1, 1), (2, 4), (4, 4), (5, 16), (16, 16), (17, 64)])
 def test_power_of_four(n, expected):
-  assert streams.power_of_four(n) == expected
+  assert stream_pool.power_of_four(n) == expected
 
 
 def test_pieces_of_prompts_of_many_lengths():
@@ -99,13 +99,13 @@ def test_a_heavy_cache_grows_with_its_rows_and_shrinks_as_they_end(monkeypatch):
   usual = make_engine().generate_tokens(prompts, options)
   monkeypatch.setattr(guidance, 'LEAST_STEPS', 1)  # the context is shorter than the usual 64
   sizes = []
-  resize = streams.StreamPool._resize
+  resize = stream_pool.StreamPool._resize
 
   def seen(pool, n, slots):
     resize(pool, n, slots)
     sizes.append((pool.n_streams, pool.slots))
 
-  monkeypatch.setattr(streams.StreamPool, '_resize', seen)
+  monkeypatch.setattr(stream_pool.StreamPool, '_resize', seen)
   engine = make_engine()
   engine._pool._light_bytes = 0
   assert [row.tolist() for row in engine.generate_tokens(prompts, options)] == [row.tolist() for row in usual]
