@@ -29,7 +29,7 @@ Kernel3x3 = Float[Array, '3 3 C C2']
 TILE = 4  # outputs along one side that `winograd` computes together
 MIN_CHANNELS = 64  # with fewer, the sums around the products weigh too much
 MIN_POSITIONS = 32 * 32  # of one picture: on smaller grids making the kernels of `winograd` costs more than it saves
-ONE_BY_ONE = 64 * 64  # positions of a picture from which on a batch goes through `winograd` picture by picture: what it makes stays in the cache
+ONE_BY_ONE = 64 * 64  # positions from which on `winograd` takes the pictures of a batch one by one: what it makes stays in the cache
 _SAME = ((1, 1), (1, 1))
 
 
