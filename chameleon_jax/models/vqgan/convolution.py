@@ -2,8 +2,8 @@
 
 Both choose the form. The plain one is XLA's convolution, NHWC, right on GPUs and TPUs and in any program for several
 devices. On one CPU device XLA's convolution runs at the rate of its matrix product, so only fewer products are faster:
-`winograd` takes a quarter of them (arXiv 1509.09308), `phases` 4 / 9. Both are the same sums in another
-order, in float32 whatever the compute type is: bfloat16 operands gain nothing in XLA's convolutions there.
+`winograd` takes a quarter of them (arXiv 1509.09308), `phases` 4 / 9. Both are the same sums up to rounding, in
+float32 whatever the compute type is.
 
 Does not know: parameters, norms or what the channels mean. Layout is NHWC; kernels are [kh, kw, in, out].
 """
