@@ -88,6 +88,12 @@ def target_platform() -> str:
   return getattr(device, 'platform', None) or jax.default_backend()
 
 
+def on_one_cpu() -> bool:
+  """Whether the program being traced is for a single CPU device, where other forms of some products are faster."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return target_platform() == 'cpu' and (mesh.empty or mesh.size == 1)
+
+
 def constrain(x: Array, *names: str | None) -> Array:
   """Constrains an activation to the logical axes `names`; does nothing outside a mesh."""
   if jax.sharding.get_abstract_mesh().empty:

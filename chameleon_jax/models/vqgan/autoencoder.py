@@ -29,7 +29,7 @@ class Encoder(nn.Module):
     self.conv_in = blocks.conv(config.base_channels, 3, config.dtype)
     self.down = [blocks.Level(config, before[i], widths[i], config.n_res_blocks, 'down' if i < last else None) for i in range(len(widths))]
     self.mid = blocks.MiddleBlock(config, widths[-1])
-    self.norm_out = blocks.group_norm(config)
+    self.norm_out = blocks.GroupNorm(config)
     self.conv_out = blocks.conv(config.z_channels, 3, config.dtype)
 
   def __call__(self, pixels: Pixels, *, deterministic: bool = True) -> Float[Array, 'B h w Z']:
@@ -56,7 +56,7 @@ class Decoder(nn.Module):
     self.mid = blocks.MiddleBlock(config, widths[-1])
     before = [*widths[1:], widths[-1]]  # width that comes in from the level that runs before
     self.up = [blocks.Level(config, before[i], widths[i], config.n_res_blocks + 1, 'up' if i else None) for i in range(len(widths))]
-    self.norm_out = blocks.group_norm(config)
+    self.norm_out = blocks.GroupNorm(config)
     self.conv_out = blocks.conv(PIXEL_CHANNELS * config.patch_size**2, 3, config.dtype, out_axis=None)
 
   def features(self, z: Float[Array, 'B h w Z'], *, deterministic: bool = True) -> Float[Array, 'B h2 w2 C']:

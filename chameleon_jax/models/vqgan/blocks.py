@@ -13,6 +13,7 @@ from jaxtyping import Float
 
 from chameleon_jax.array_types import Array
 from chameleon_jax.config import VQGANConfig
+from chameleon_jax.models.vqgan.convolution import convolve, convolve_upsampled
 from chameleon_jax.partitioning import constrain
 
 NORM_EPS = 1e-6
@@ -32,12 +33,13 @@ def conv(
   stride: int = 1,
   padding: int | tuple[tuple[int, int], tuple[int, int]] | None = None,
   out_axis: str | None = 'conv_out',
+  upsampled: bool = False,
   name: str | None = None,
 ) -> nn.Conv:
   """Returns a size x size convolution with bias whose parameters carry logical axis names.
 
   `padding` None keeps the grid (size // 2 on each side). `out_axis` None keeps the output channels whole: for a few
-  pixel channels, which no mesh axis divides.
+  pixel channels, which no mesh axis divides. `upsampled` doubles the grid first, by nearest neighbour.
   """
   if padding is None:
     padding = size // 2
@@ -51,19 +53,34 @@ def conv(
     dtype=jnp.dtype(dtype),
     kernel_init=nn.with_logical_partitioning(_kernel_init, (None, None, 'conv_in', out_axis)),
     bias_init=nn.with_logical_partitioning(nn.initializers.zeros, (out_axis,)),
+    conv_general_dilated=convolve_upsampled if upsampled else convolve,
     name=name,
   )
 
 
-def group_norm(config: VQGANConfig) -> nn.GroupNorm:
-  """Returns GroupNorm with `norm_groups` groups, eps 1e-6 and an affine map; statistics in float32."""
-  return nn.GroupNorm(
-    num_groups=config.norm_groups,
-    epsilon=NORM_EPS,
-    dtype=jnp.dtype(config.dtype),
-    scale_init=nn.with_logical_partitioning(nn.initializers.ones, ('norm',)),
-    bias_init=nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)),
-  )
+class GroupNorm(nn.Module):
+  """Normalises `norm_groups` groups of channels over all positions, eps 1e-6, with an affine map; statistics in float32.
+
+  Sums are taken channel by channel and meet in a product with the table of who shares a group, so that the rest is one
+  scale and one shift of every channel: a pass of its own, into which XLA draws neither the sums nor the root.
+  """
+
+  config: VQGANConfig
+
+  @nn.compact
+  def __call__(self, x: Feature) -> Feature:
+    batch, height, width, channels = x.shape
+    scale = self.param('scale', nn.with_logical_partitioning(nn.initializers.ones, ('norm',)), (channels,))
+    bias = self.param('bias', nn.with_logical_partitioning(nn.initializers.zeros, ('norm',)), (channels,))
+    size = channels // self.config.norm_groups
+    group = jnp.arange(channels) // size
+    shares = (group[:, None] == group[None, :]).astype(jnp.float32) / (height * width * size)
+    wide = x.astype(jnp.float32)
+    sums = jnp.stack([wide.sum((1, 2)), jnp.square(wide).sum((1, 2))])
+    mean, mean_square = jnp.matmul(sums, shares, precision=jax.lax.Precision.HIGHEST)
+    factor = jax.lax.rsqrt(jnp.maximum(mean_square - jnp.square(mean), 0) + NORM_EPS) * scale
+    shift = bias - mean * factor
+    return (wide * factor[:, None, None] + shift[:, None, None]).astype(self.config.dtype)
 
 
 def space_to_depth(x: Float[Array, 'B H W c'], patch_size: int) -> Float[Array, 'B h w C']:
@@ -95,9 +112,9 @@ class ResBlock(nn.Module):
   out_channels: int
 
   def setup(self):
-    self.norm1 = group_norm(self.config)
+    self.norm1 = GroupNorm(self.config)
     self.conv1 = conv(self.out_channels, 3, self.config.dtype)
-    self.norm2 = group_norm(self.config)
+    self.norm2 = GroupNorm(self.config)
     self.dropout = nn.Dropout(self.config.dropout)
     self.conv2 = conv(self.out_channels, 3, self.config.dtype)
     if self.in_channels != self.out_channels:
@@ -118,7 +135,7 @@ class AttentionBlock(nn.Module):
   channels: int
 
   def setup(self):
-    self.norm = group_norm(self.config)
+    self.norm = GroupNorm(self.config)
     self.q = conv(self.channels, 1, self.config.dtype)
     self.k = conv(self.channels, 1, self.config.dtype)
     self.v = conv(self.channels, 1, self.config.dtype)
@@ -169,10 +186,10 @@ class Upsample(nn.Module):
   channels: int
 
   def setup(self):
-    self.conv = conv(self.channels, 3, self.config.dtype)
+    self.conv = conv(self.channels, 3, self.config.dtype, upsampled=True)
 
   def __call__(self, x: Feature) -> Resampled:
-    return self.conv(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+    return self.conv(x)
 
 
 class Level(nn.Module):

@@ -1,5 +1,7 @@
 """Blocks against numpy: folding, resampling, norm, attention."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -67,6 +69,18 @@ def numpy_norm(x: np.ndarray, groups: int) -> np.ndarray:
   g = x.reshape(b, h * w, groups, c // groups)
   g = (g - g.mean((1, 3), keepdims=True)) / np.sqrt(g.var((1, 3), keepdims=True) + 1e-6)
   return g.reshape(x.shape)
+
+
+def test_group_norm_against_numpy_and_flax():
+  x = 3 + 2 * random(2, 4, 6, 8)
+  affine = {'scale': random(8) + 1, 'bias': random(8)}
+  ours = blocks.GroupNorm(CONFIG).apply({'params': affine}, x)
+  expected = numpy_norm(np.asarray(x, np.float64), 2) * np.asarray(affine['scale']) + np.asarray(affine['bias'])
+  np.testing.assert_allclose(ours, expected, atol=1e-5)
+  plain = nn.GroupNorm(num_groups=2, epsilon=1e-6)
+  weighted = lambda norm, params, x: jnp.sum(norm.apply({'params': params}, x) * random(*x.shape))
+  gradients = [jax.grad(functools.partial(weighted, norm), (0, 1))(affine, x) for norm in (blocks.GroupNorm(CONFIG), plain)]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *gradients)
 
 
 def test_res_block_against_numpy():
