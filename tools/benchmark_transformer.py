@@ -1,0 +1,338 @@
+"""The transformer's cases of `benchmark.py`: a training step, prefill, decoding; ours against the peers of `benchmark_torch*.py`.
+
+Every case compares what the two compute before it times them, in float32: logits, greedy tokens, losses and gradient norms. What a gate
+has refused is in the table, and has no time.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import benchmark_peer
+import benchmark_torch
+import jax
+import numpy as np
+from benchmark_machine import Ceilings
+from benchmark_models import WAYS, Subject
+from benchmark_protocol import CompileClock, Contestant, Protocol, Race, Row, importable, race, spread
+from benchmark_torch_plain import PlainDecoder
+
+from chameleon_jax.config import DataConfig, Dtype, MeshConfig, OptimizerConfig, SamplingOptions, TrainConfig
+from chameleon_jax.models.transformer.model import Transformer, stack_layers
+from chameleon_jax.partitioning import make_mesh
+from chameleon_jax.planning.speed import matmul_weights, model_flops
+from chameleon_jax.training.optimizer import make_optimizer
+from chameleon_jax.training.state import init_state
+from chameleon_jax.training.step import make_train_step
+
+LOGITS, RELATIVE = 2e-3, 1e-3  # of the gates: largest difference of logits; relative difference of loss and gradient norm
+PEER = 'HF'
+
+
+@dataclasses.dataclass(eq=False)
+class Bench:
+  """What the cases share.
+
+  Attributes:
+    subject: the transformer.
+    protocol, clock, ceilings: of this run.
+    folder: of the checkpoint that the peers read.
+    peers: whether there are any.
+  """
+
+  subject: Subject
+  protocol: Protocol
+  clock: CompileClock
+  ceilings: Ceilings
+  folder: pathlib.Path
+  peers: bool = dataclasses.field(default_factory=lambda: importable('torch', 'transformers'))
+
+  @functools.cached_property
+  def checkpoint(self) -> pathlib.Path:
+    """The folder, written by the project's converter when it is first asked for."""
+    sizes = self.subject.sizes
+    benchmark_peer.write(self.folder, sizes.transformer, self.subject.params, sizes.vocabulary)
+    return self.folder
+
+  def row(self, case: str, what: str, aim: str, value: str, reached: bool | None = None, details: dict[str, Any] | None = None) -> Row:
+    """A row of this model."""
+    return Row(case, self.subject.sizes.name, what, aim, value, reached, details or {})
+
+  def left_out(self, case: str) -> Row:
+    """The row of a case whose peers are missing."""
+    return self.row(case, 'against Hugging Face on torch', '-', 'left out: torch and transformers are not installed (extra `parity`)')
+
+  def refused(self, case: str, gate: str) -> Row:
+    """The row of a case that was not timed."""
+    return self.row(case, 'gate', '-', f'not timed: {gate}', False)
+
+  def ratio(self, case: str, what: str, seen: Race, ours: str, peer: str, *, aim: float | None = None, more: str = '', each: float = 1) -> Row:
+    """A row for two contestants.
+
+    Args:
+      case, what: cells.
+      seen: the race.
+      ours, peer: the two.
+      aim: least median of the ratios, None where there is none.
+      more: behind the ratio.
+      each: tokens of a run; rates are given where it is not 1.
+    """
+    ratios = seen.ratios(ours, peer)
+    rates = [each / seen.median(name) for name in (ours, peer)]
+    value = f'{spread(ratios)}: {rates[0]:,.0f} against {rates[1]:,.0f} tokens/s' if each != 1 else spread(ratios)
+    reached = None if aim is None else statistics.median(ratios) >= aim
+    details = seen.record() | {'ours': ours, 'peer': peer, 'ratios': ratios, 'tokens': each}
+    if seen.compiled_meanwhile:
+      return self.row(case, what, '-', f'spoilt: {seen.compiled_meanwhile} programs were compiled under the clock', False, details)
+    return self.row(case, what, '-' if aim is None else f'>= {aim}x', value + more, reached, details)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- training
+
+
+class OurTrainer:
+  """The project's own step, with its state."""
+
+  def __init__(self, subject: Subject, dtype: Dtype):
+    rows, length = subject.sizes.train
+    self.config = train_config(subject, dtype)
+    self._mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    model, optimizer = Transformer(self.config.model), make_optimizer(self.config.optimizer, self.config.n_steps)
+    params = stack_layers(subject.params) if self.config.model.scan_layers else subject.params
+    self._state = init_state(model, optimizer, self._mesh, key=jax.random.key(0), params=params)
+    self._step = make_train_step(model, optimizer, self.config, self._mesh)
+    self._rest = {'loss_weights': np.ones((rows, length), np.float32), 'segment_ids': np.ones((rows, length), np.int32)}
+    self._rest['positions'] = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
+
+  def step(self, tokens: np.ndarray, targets: np.ndarray) -> tuple[float, float]:
+    """(loss, gradient norm) of one step."""
+    with jax.set_mesh(self._mesh):
+      self._state, metrics = self._step(self._state, {'tokens': tokens, 'targets': targets, **self._rest}, jax.random.key(0))
+    jax.block_until_ready(self._state)
+    return float(metrics['loss']), float(metrics['gradient_norm'])
+
+
+def train_config(subject: Subject, dtype: Dtype) -> TrainConfig:
+  """float32 masters and moments, computing in `dtype`; no z-loss, which the peer has not."""
+  sizes = subject.sizes
+  return TrainConfig(
+    model=sizes.transformer_in(dtype, scan_layers=sizes.scan_training),
+    vocabulary=sizes.vocabulary,
+    data=DataConfig(seq_len=sizes.train[1], batch_size=sizes.train[0]),
+    optimizer=OptimizerConfig(schedule='constant', warmup_steps=0, eps=1e-8),
+    loss_chunks=sizes.loss_chunks,
+    z_loss=0.0,
+  )
+
+
+def train(bench: Bench) -> list[Row]:
+  """A training step: mixed precision against the peer's float32 and its pure bfloat16."""
+  subject, case = bench.subject, 'train'
+  rows, length = subject.sizes.train
+  text = subject.text(rows, length + 1)
+  tokens, targets = text[:, :-1], text[:, 1:]
+  ours = {way: OurTrainer(subject, way) for way in ('float32', 'bfloat16')}  # type: ignore[arg-type]
+  flops = model_flops(subject.sizes.transformer, length) * rows * length
+
+  def share(seen: Race) -> str:
+    return f'; {flops / seen.median("ours bfloat16") / bench.ceilings.flops["bfloat16"]:.0%} of the bfloat16 product'
+
+  contestants = [Contestant(f'ours {way}', lambda _, step=trainer.step: step(tokens, targets)) for way, trainer in ours.items()]
+  if not bench.peers:
+    seen = race(contestants, bench.protocol, bench.clock)
+    return [bench.left_out(case), bench.row(case, 'ours bfloat16', '-', f'{rows * length / seen.median("ours bfloat16"):,.0f} tokens/s' + share(seen))]
+  o = train_config(subject, 'float32').optimizer
+  given: dict[str, Any] = {'learning_rate': o.learning_rate, 'betas': (o.beta1, o.beta2), 'eps': o.eps, 'decay': o.weight_decay, 'clip': o.clip_norm}
+  theirs = {dtype: benchmark_torch.Trainer(bench.checkpoint, dtype, **given) for dtype in benchmark_torch.DTYPES}
+  for turn in range(2):  # the second step sees the first update
+    mine, peer = ours['float32'].step(tokens, targets), theirs['float32'].step(tokens, targets)
+    off = max(abs(a / b - 1) for a, b in zip(mine, peer))
+    if not off <= RELATIVE:
+      return [bench.refused(case, f'step {turn + 1}: loss and gradient norm {mine} against {peer}, off by {off:.1e} (limit {RELATIVE})')]
+  contestants += [Contestant(f'{PEER} {dtype}', lambda _, step=trainer.step: step(tokens, targets)) for dtype, trainer in theirs.items()]
+  seen = race(contestants, bench.protocol, bench.clock)
+  make = functools.partial(bench.ratio, case, seen=seen, each=rows * length)
+  return [
+    make(what=f'step of {rows} x {length}, mixed precision against HF float32', ours='ours bfloat16', peer=f'{PEER} float32', aim=1.3, more=share(seen)),
+    make(what='the same against HF bfloat16 (pure)', ours='ours bfloat16', peer=f'{PEER} bfloat16', aim=0.9),
+    make(what='ours float32 against HF float32', ours='ours float32', peer=f'{PEER} float32'),
+  ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- prefill
+
+
+def last_logits(config: Any, params: Any, *, all_positions: bool = False) -> Any:
+  """A compiled function from tokens to logits, of the last position unless all are asked for."""
+  model = Transformer(config)
+
+  def logits(params: Any, tokens: Any) -> Any:
+    hidden: Any = model.apply({'params': params}, tokens, method='hidden')[0]
+    return model.apply({'params': params}, hidden if all_positions else hidden[:, -1:], method='unembed')
+
+  compiled = jax.jit(logits)
+  return lambda tokens: np.asarray(compiled(params, tokens))
+
+
+def _difference(bench: Bench, tokens: np.ndarray) -> str | None:
+  """What the float32 logits of all positions differ by, where it is too much."""
+  ours = last_logits(*bench.subject.way('float32'), all_positions=True)(tokens)
+  off = float(np.abs(ours - benchmark_torch.logits(benchmark_torch.load(bench.checkpoint, 'float32'), tokens)).max())
+  return None if off <= LOGITS else f'float32 logits differ by {off:.1e} (limit {LOGITS})'
+
+
+def prefill(bench: Bench) -> list[Row]:
+  """One long prompt: the logits behind it; and through the sampler, the first token."""
+  case, sizes = 'prefill', bench.subject.sizes
+  tokens = bench.subject.text(1, sizes.prefill)
+  ours = {way: last_logits(*bench.subject.way(way)) for way in WAYS}
+  layers, head = matmul_weights(sizes.transformer)
+  flops = sizes.prefill * (2 * layers + (model_flops(sizes.transformer, sizes.prefill) - 6 * (layers + head)) / 3) + 2 * head
+  contestants = [Contestant(f'ours {way}', lambda _, f=f: f(tokens)) for way, f in ours.items()]
+  if not bench.peers:
+    seen = race(contestants, bench.protocol, bench.clock)
+    rate = sizes.prefill / seen.median('ours bfloat16')
+    return [bench.left_out(case), bench.row(case, 'ours bfloat16', '-', f'{rate:,.0f} tokens/s')]
+  problem = _difference(bench, tokens)
+  if problem:
+    return [bench.refused(case, problem)]
+  models = {dtype: benchmark_torch.load(bench.checkpoint, dtype) for dtype in benchmark_torch.DTYPES}
+  contestants += [Contestant(f'{PEER} {dtype}', lambda _, m=model: benchmark_torch.logits(m, tokens, last=True)) for dtype, model in models.items()]
+  peers = {dtype: benchmark_torch.Decoder(model, bench.subject.allowed, cache='dynamic') for dtype, model in models.items()}
+  contestants += [Contestant(f'ours {way}, sampler', lambda e: first_token(e), functools.partial(_submitted, bench.subject, way, tokens, 1)) for way in WAYS]
+  contestants += [Contestant(f'{PEER} {dtype}, cache', lambda _, p=peer: p.run(p.prepare(tokens, 1))) for dtype, peer in peers.items()]
+  seen = race(contestants, bench.protocol, bench.clock)
+  make = functools.partial(bench.ratio, case, seen=seen, each=sizes.prefill)
+  found = []
+  for through, mine, peer in (('last logits', '', ''), ('first token, filling a cache', ', sampler', ', cache')):
+    best = seen.fastest(f'ours {way}{mine}' for way in WAYS)
+    share = f'; {flops / seen.median(best) / bench.ceilings.flops["bfloat16"]:.0%} of the bfloat16 product'
+    what = f'1 x {sizes.prefill}, {through}, {best.split(",")[0]}'
+    found.append(make(what=f'{what} against HF float32', ours=best, peer=f'{PEER} float32{peer}', aim=2.0, more=share))
+    found.append(make(what=f'{what} against HF bfloat16', ours=best, peer=f'{PEER} bfloat16{peer}', aim=0.8))
+  return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------- decoding
+
+
+def _options(bench_subject: Subject, n_new: int) -> SamplingOptions:
+  v = bench_subject.vocabulary
+  return SamplingOptions(
+    'text', max_new_tokens=n_new, greedy=True, repetition_penalty=1.0, stop_at_end_turn=False, banned_tokens=(v.end_sequence, v.end_turn)
+  )
+
+
+def _submitted(subject: Subject, way: str, prompts: np.ndarray, n_new: int) -> Any:
+  """A new engine with these requests queued."""
+  engine = subject.engine(way)
+  for row, prompt in enumerate(prompts):
+    engine.submit(prompt, _options(subject, n_new), row=row)
+  return engine
+
+
+def first_token(engine: Any) -> Any:
+  """Fills in all prompts and draws one token a row; returns the engine."""
+  while not engine.steps:
+    engine.advance(1)
+  return engine
+
+
+def rest(engine: Any) -> int:
+  """Draws what is left; returns how many tokens there are."""
+  while engine.pending:
+    engine.advance()
+  return engine.decoded
+
+
+def greedy(subject: Subject, way: str, prompts: np.ndarray, n_new: int) -> np.ndarray:
+  """int32 [rows, n_new] through the sampler."""
+  return np.stack(subject.engine(way).generate_tokens(list(prompts), _options(subject, n_new)))
+
+
+def decode(bench: Bench, rows: int) -> list[Row]:
+  """Tokens drawn one after the other, the prompts filled in before the clock starts."""
+  subject, sizes, case = bench.subject, bench.subject.sizes, f'decode, batch {rows}'
+  prompts, n_new = subject.text(rows, sizes.prompt, seed=rows), sizes.new + 1
+  mine = {way: Contestant(f'ours {way}', rest, lambda way=way: first_token(_submitted(subject, way, prompts, n_new))) for way in WAYS}
+  if not bench.peers:
+    seen = race(list(mine.values()), bench.protocol, bench.clock)
+    rates = ', '.join(f'{name} {rows * sizes.new / seen.median(name):,.0f} tokens/s' for name in seen.seconds)
+    return [bench.left_out(case), bench.row(case, f'{sizes.new} tokens after {sizes.prompt}', '-', rates)]
+  families = _peers(bench, prompts.shape[1] + n_new)
+  problem = _unequal(bench, prompts, families)
+  if problem:
+    return [bench.refused(case, problem)]
+  fast, readings = {}, {}
+  for family, peers in families.items():
+    readings[family] = {name: _least(peer, prompts, n_new) for name, peer in peers.items()}
+    name = min(readings[family], key=lambda name: readings[family][name])  # noqa: B023
+    fast[family] = Contestant(f'{family} ({name})', peers[name].run, functools.partial(peers[name].prepare, prompts, n_new))
+  seen = race([*mine.values(), *fast.values()], bench.protocol, bench.clock)
+  aims = {1: 1.3, 8: 1.1}
+  found = []
+  for way, contestant in mine.items():
+    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(subject.way(way)[1])) - subject.way(way)[1]['embedding'].nbytes
+    more = f'; weights at {nbytes * sizes.new / seen.median(contestant.name) / bench.ceilings.read:.0%} of the read rate' if rows == 1 else ''
+    for family, peer in fast.items():
+      aim = (2.0 if way == 'int8' else aims.get(rows)) if family == PEER and (way == 'int8' or way == 'bfloat16') else None
+      what = f'{sizes.new} tokens after {sizes.prompt}, ours {way} against {peer.name}'
+      row = bench.ratio(case, what, seen, contestant.name, peer.name, aim=aim, each=rows * sizes.new, more=more)
+      row.details['peers_s'] = readings
+      found.append(row)
+  return found
+
+
+def _peers(bench: Bench, slots: int) -> dict[str, dict[str, Any]]:
+  """Family -> setting -> decoder."""
+  subject = bench.subject
+  hugging, plain = {}, {}
+  for dtype in benchmark_torch.DTYPES:
+    model = benchmark_torch.load(bench.checkpoint, dtype)
+    hugging |= {f'{dtype}, {cache} cache': benchmark_torch.Decoder(model, subject.allowed, cache=cache) for cache in benchmark_torch.CACHES}
+    plain[dtype] = PlainDecoder(subject.params, subject.sizes.transformer, subject.allowed, dtype=dtype, slots=slots)
+  return {PEER: hugging, 'plain torch': plain}
+
+
+def _unequal(bench: Bench, prompts: np.ndarray, families: dict[str, dict[str, Any]]) -> str | None:
+  """Which float32 contestant writes other tokens than ours, or has other logits; None where none does."""
+  n = min(bench.subject.sizes.gate, bench.subject.sizes.new)
+  problem = _difference(bench, prompts[:1])
+  if problem:
+    return problem
+  ours = greedy(bench.subject, 'float32', prompts, n)
+  for family, peers in families.items():
+    for name, peer in peers.items():
+      if not name.startswith('float32'):
+        continue
+      theirs = peer.run(peer.prepare(prompts, n))
+      if not np.array_equal(ours, theirs):
+        return f'{n} greedy float32 tokens of {family} ({name}) differ in {int(np.sum(np.any(ours != theirs, axis=1)))} of {len(ours)} rows'
+  return None
+
+
+def _least(peer: Any, prompts: np.ndarray, n_new: int, turns: int = 2) -> float:
+  """Least seconds of a few runs."""
+  seen = race([Contestant('', peer.run, functools.partial(peer.prepare, prompts, n_new))], Protocol(1, turns, 1), _Unseen())  # type: ignore[arg-type]
+  return min(seen.seconds[''])
+
+
+class _Unseen:
+  """In place of a clock where nothing of jax runs."""
+
+  seconds, programs = 0.0, 0
+
+
+def bench_in(subject: Subject, protocol: Protocol, ceilings: Ceilings, clock: CompileClock) -> tuple[Bench, tempfile.TemporaryDirectory]:
+  """A bench with a folder of its own, which its second part removes."""
+  folder = tempfile.TemporaryDirectory()
+  return Bench(subject, protocol, clock, ceilings, pathlib.Path(folder.name)), folder
+
+
+def decodes(bench: Bench) -> Sequence[Row]:
+  """Decoding at every batch."""
+  return [row for rows in bench.subject.sizes.batches for row in decode(bench, rows)]
