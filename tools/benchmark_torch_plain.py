@@ -149,6 +149,25 @@ class PlainDecoder:
         written.append(step(written[-1]))
       return torch.cat(written, 1).cpu().numpy().astype(np.int32)
 
+  def guided(self, prompts: tuple[np.ndarray, np.ndarray], n_new: int, scale: float) -> np.ndarray:
+    """Greedy codes of a guided picture, `b + scale (a - b)` of the logits behind two prompts a and b: int32 [n_new]."""
+    import torch
+
+    with torch.inference_mode():
+      cache = self.empty_cache(2)
+      for row, prompt in enumerate(prompts):
+        before = torch.from_numpy(prompt[None, :-1].astype(np.int64)).to(self._device)
+        self.forward(before, 0, [(keys[row : row + 1], values[row : row + 1]) for keys, values in cache])
+      token = torch.tensor([[int(prompt[-1])] for prompt in prompts], device=self._device)
+      positions = torch.tensor([[len(prompt) - 1] for prompt in prompts], device=self._device)
+      written = []
+      for _ in range(n_new):
+        first, second = self.forward(token, positions, cache)
+        drawn = (second + scale * (first - second) + self._mask).argmax()
+        written.append(drawn)
+        token, positions = drawn.expand(2, 1), positions + 1
+      return torch.stack(written).cpu().numpy().astype(np.int32)
+
   def _graph(self, token: Any, cache: Any, length: int) -> Callable[[Any], Any]:
     """The step as one CUDA graph, which keeps its token and place itself."""
     import torch
