@@ -21,6 +21,7 @@ from absl import app, flags
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
+import benchmark_curves
 import benchmark_machine
 import benchmark_pictures
 import benchmark_transformer
@@ -87,6 +88,9 @@ def main(argv: Sequence[str]) -> None:
   bench, folder = benchmark_transformer.bench_in(Subject.random(sizes), protocol, ceilings, CompileClock())
   with folder:
     rows = measure(cases, bench)
+    if FLAGS.curves:
+      output = pathlib.Path(FLAGS.curves)
+      print(benchmark_curves.write(bench.subject, ceilings, protocol, bench.clock, output=output, where=where))
   where['load_at_end'] = round(os.getloadavg()[0], 2)
   table = markdown(rows, where, shlex.join(['python', 'tools/benchmark.py', *sys.argv[1:]])) + ceilings.line() + '\n'
   table += f'Load average {where["load_at_end"]} at the end.\n'
@@ -103,5 +107,6 @@ if __name__ == '__main__':
   flags.DEFINE_integer('repetitions', 5, 'Rounds under the clock.', lower_bound=1)
   flags.DEFINE_float('max_load', MAX_LOAD, 'Load average above which nothing is timed.')
   flags.DEFINE_string('output', None, 'JSON file for every reading.')
+  flags.DEFINE_string('curves', None, 'Picture of scaling curves to draw (PNG or SVG); their numbers go into the .json beside it.')
   flags.DEFINE_string('page', None, 'Page whose section is rewritten.')
   app.run(main)

@@ -70,7 +70,7 @@ def small() -> Sizes:
 def tiny() -> Sizes:
   """For tests: says that the tool works, nothing else."""
   transformer = presets.tiny_transformer(init_std=0.3, scan_layers=False, n_kv_heads=4)
-  vqgan = presets.tiny_vqgan(base_channels=32, channel_multipliers=(1, 2), norm_groups=32)
+  vqgan = presets.tiny_vqgan(base_channels=32, channel_multipliers=(1, 1, 2), norm_groups=32)
   fields: dict[str, Any] = {'train': (2, 16), 'loss_chunks': 2, 'prefill': 32, 'prompt': 8, 'new': 8, 'batches': (1, 2), 'gate': 8}
   return Sizes('tiny', transformer, presets.tiny_vocabulary(), vqgan, **fields)
 
@@ -90,7 +90,7 @@ def transformer_params(config: TransformerConfig, *, seed: int = 0) -> Params:
 
 
 def vqgan_params(config: VQGANConfig, *, seed: int = 0) -> Params:
-  """Kernels that keep the size of what they take, norms near one; the codebook as `with_codebook` makes it, or standard normal."""
+  """Kernels that keep the size of what they take, norms near one; the codebook is standard normal."""
   rng = np.random.default_rng(seed)
 
   def draw(path: Any, leaf: Any) -> np.ndarray:

@@ -1,13 +1,14 @@
 """The image tokenizer's cases of `benchmark.py`: a picture to codes against Hugging Face's encoder, codes to a picture against plain torch.
 
 Gates: in float32 the codes are those of the peer; in bfloat16 at least 99 % of them are those of float32. Decoded pixels of float32 differ by
-no more than 2e-3 of their range; those of bfloat16 by 1 % of it at most, root mean square. Random weights have codes that tie where trained ones
-do not, so the codebook is made of latents of other pictures.
+no more than 2e-3 of their range; those of bfloat16 by 1 % of it at most, root mean square. Random weights have codes that tie where trained
+ones do not, see `with_codebook`.
 """
 
 import dataclasses
 import functools
 import pathlib
+import tempfile
 
 import benchmark_peer
 import benchmark_torch
@@ -29,20 +30,20 @@ ROUNDED = 1e-2  # the same, root mean square, in bfloat16
 DTYPES = ('float32', 'bfloat16')
 
 
-def with_codebook(config: VQGANConfig, params: Params, *, rows: int = 2) -> Params:
-  """The parameters with a codebook of latents: one picture after the other until it is full, the rest spread around their mean.
+def with_codebook(config: VQGANConfig, params: Params, image: np.ndarray) -> Params:
+  """The parameters with a codebook in which the latents of a picture have codes, as in a trained tokenizer.
 
-  Latents come from pictures that nothing else is measured with. Codes lie as far apart as latents do, as in a trained tokenizer.
+  Those codes lie at 0.9 of the latents' spread from their latents, the others anywhere in the spread (1.4 of it away): near enough that
+  rounding the latents by a tenth of the spread changes codes. In bfloat16 the released size is off by a fiftieth.
   """
   network = vqgan.VQGAN(config)
   latents = jax.jit(lambda params, pixels: network.apply({'params': params}, pixels, method='latents'))
-  images = np.asarray(vqgan.to_pixels(pictures(config.resolution, rows, seed=7)))
-  found = np.concatenate([np.asarray(latents(params, image[None])).reshape(-1, config.d_code) for image in images])
+  found = np.asarray(latents(params, vqgan.to_pixels(image))).reshape(-1, config.d_code)
   rng = np.random.default_rng(1)
-  centre, width = found.mean(0), found.std(0)
-  book = centre + width * rng.standard_normal((config.n_codes, config.d_code), np.float32)
+  centre, spread = found.mean(0), found.std(0)
+  book = centre + spread * rng.standard_normal((config.n_codes, config.d_code), np.float32)
   n = min(len(found), config.n_codes)
-  book[:n] = found[:n]
+  book[:n] = found[:n] + 0.9 * spread * rng.standard_normal((n, config.d_code), np.float32)
   return {**params, 'quantize': {'embedding': book.astype(np.float32)}}
 
 
@@ -57,7 +58,8 @@ class Pictures:
   @classmethod
   def random(cls, config: VQGANConfig) -> 'Pictures':
     """Of random weights."""
-    return cls(config, with_codebook(config, vqgan_params(config)), pictures(config.resolution, 1))
+    image = pictures(config.resolution, 1)
+    return cls(config, with_codebook(config, vqgan_params(config), image), image)
 
   def in_dtype(self, dtype: str) -> VQGANConfig:
     """The config that computes in `dtype`."""
@@ -117,8 +119,7 @@ def _middle(side: int, width: int) -> float:
 @functools.lru_cache(maxsize=1)
 def _written(folder: pathlib.Path, subject: Subject, given: Pictures) -> pathlib.Path:
   """A checkpoint with the image tokenizer, and one small layer of a transformer that nobody calls."""
-  path = folder / 'pictures'
-  path.mkdir()
+  path = pathlib.Path(tempfile.mkdtemp(dir=folder))
   sizes = subject.sizes
   least = dataclasses.replace(sizes.transformer, d_model=16, n_layers=1, n_heads=1, n_kv_heads=1, d_head=16, d_ff=16)
   benchmark_peer.write(path, least, transformer_params(least), sizes.vocabulary, vqgan=(given.config, given.params))
@@ -156,7 +157,7 @@ def encode(bench: Bench, given: Pictures) -> list[Row]:
   if not bench.peers:
     seen = race(mine, bench.protocol, bench.clock)
     return [bench.left_out(case), *rows, bench.row(case, 'ours', '-', ', '.join(f'{name} {1e3 * seen.median(name):,.0f} ms' for name in seen.seconds))]
-  pixels = np.asarray(vqgan.to_pixels(given.image))
+  pixels = np.array(vqgan.to_pixels(given.image))
   folder = _written(bench.folder, bench.subject, given)
   peers = {dtype: benchmark_torch.encoder(folder, dtype) for dtype in DTYPES}
   theirs = {dtype: peer(pixels) for dtype, peer in peers.items()}

@@ -21,7 +21,7 @@ from benchmark_models import WAYS, Subject
 from benchmark_protocol import CompileClock, Contestant, Protocol, Race, Row, importable, race, spread
 from benchmark_torch_plain import PlainDecoder
 
-from chameleon_jax.config import DataConfig, Dtype, MeshConfig, OptimizerConfig, SamplingOptions, TrainConfig
+from chameleon_jax.config import DataConfig, Dtype, MeshConfig, OptimizerConfig, SamplingOptions, TrainConfig, TransformerConfig
 from chameleon_jax.models.transformer.model import Transformer, stack_layers
 from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.planning.speed import matmul_weights, model_flops
@@ -178,6 +178,12 @@ def last_logits(config: Any, params: Any, *, all_positions: bool = False) -> Any
   return lambda tokens: np.asarray(compiled(params, tokens))
 
 
+def prefill_flops(config: TransformerConfig, length: int) -> float:
+  """Of a prompt whose last position alone is projected, attention causal."""
+  layers, head = matmul_weights(config)
+  return length * (2 * layers + (model_flops(config, length) - 6 * (layers + head)) / 3) + 2 * head
+
+
 def _difference(bench: Bench, tokens: np.ndarray) -> str | None:
   """What the float32 logits of all positions differ by, where it is too much."""
   ours = last_logits(*bench.subject.way('float32'), all_positions=True)(tokens)
@@ -190,8 +196,7 @@ def prefill(bench: Bench) -> list[Row]:
   case, sizes = 'prefill', bench.subject.sizes
   tokens = bench.subject.text(1, sizes.prefill)
   ours = {way: last_logits(*bench.subject.way(way)) for way in WAYS}
-  layers, head = matmul_weights(sizes.transformer)
-  flops = sizes.prefill * (2 * layers + (model_flops(sizes.transformer, sizes.prefill) - 6 * (layers + head)) / 3) + 2 * head
+  flops = prefill_flops(sizes.transformer, sizes.prefill)
   contestants = [Contestant(f'ours {way}', lambda _, f=f: f(tokens)) for way, f in ours.items()]
   if not bench.peers:
     seen = race(contestants, bench.protocol, bench.clock)
@@ -203,7 +208,7 @@ def prefill(bench: Bench) -> list[Row]:
   models = {dtype: benchmark_torch.load(bench.checkpoint, dtype) for dtype in benchmark_torch.DTYPES}
   contestants += [Contestant(f'{PEER} {dtype}', lambda _, m=model: benchmark_torch.logits(m, tokens, last=True)) for dtype, model in models.items()]
   peers = {dtype: benchmark_torch.Decoder(model, bench.subject.allowed, cache='dynamic') for dtype, model in models.items()}
-  contestants += [Contestant(f'ours {way}, sampler', lambda e: first_token(e), functools.partial(_submitted, bench.subject, way, tokens, 1)) for way in WAYS]
+  contestants += [Contestant(f'ours {way}, sampler', lambda e: first_token(e), functools.partial(submitted, bench.subject, way, tokens, 1)) for way in WAYS]
   contestants += [Contestant(f'{PEER} {dtype}, cache', lambda _, p=peer: p.run(p.prepare(tokens, 1))) for dtype, peer in peers.items()]
   seen = race(contestants, bench.protocol, bench.clock)
   make = functools.partial(bench.ratio, case, seen=seen, each=sizes.prefill)
@@ -227,7 +232,7 @@ def _options(bench_subject: Subject, n_new: int) -> SamplingOptions:
   )
 
 
-def _submitted(subject: Subject, way: str, prompts: np.ndarray, n_new: int) -> Any:
+def submitted(subject: Subject, way: str, prompts: np.ndarray, n_new: int) -> Any:
   """A new engine with these requests queued."""
   engine = subject.engine(way)
   for row, prompt in enumerate(prompts):
@@ -258,7 +263,7 @@ def decode(bench: Bench, rows: int) -> list[Row]:
   """Tokens drawn one after the other, the prompts filled in before the clock starts."""
   subject, sizes, case = bench.subject, bench.subject.sizes, f'decode, batch {rows}'
   prompts, n_new = subject.text(rows, sizes.prompt, seed=rows), sizes.new + 1
-  mine = {way: Contestant(f'ours {way}', rest, lambda way=way: first_token(_submitted(subject, way, prompts, n_new))) for way in WAYS}
+  mine = {way: Contestant(f'ours {way}', rest, lambda way=way: first_token(submitted(subject, way, prompts, n_new))) for way in WAYS}
   if not bench.peers:
     seen = race(list(mine.values()), bench.protocol, bench.clock)
     rates = ', '.join(f'{name} {rows * sizes.new / seen.median(name):,.0f} tokens/s' for name in seen.seconds)
