@@ -22,6 +22,7 @@ from absl import app, flags
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 import benchmark_curves
+import benchmark_decoding
 import benchmark_machine
 import benchmark_pictures
 import benchmark_transformer
@@ -56,7 +57,7 @@ def measure(cases: Sequence[str], bench: Bench) -> list[Row]:
   runs: dict[str, Callable[[], Sequence[Row]]] = {
     'train': lambda: benchmark_transformer.train(bench),
     'prefill': lambda: benchmark_transformer.prefill(bench),
-    'decode': lambda: benchmark_transformer.decodes(bench),
+    'decode': lambda: benchmark_decoding.decodes(bench),
     'encode': lambda: benchmark_pictures.encode(bench, tokenizer()),
     'image_decode': lambda: benchmark_pictures.decode(bench, tokenizer()),
     'picture': lambda: benchmark_whole.picture(bench),

@@ -15,11 +15,12 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmark_decoding import rest
 from benchmark_machine import Ceilings
 from benchmark_models import Sizes, Subject, pictures, vqgan_params
 from benchmark_pictures import encoder_flops
 from benchmark_protocol import CompileClock, Contestant, Protocol, race, write_aside
-from benchmark_transformer import OurTrainer, first_token, last_logits, prefill_flops, rest, submitted, train_config
+from benchmark_transformer import OurTrainer, first_token, last_logits, prefill_flops, submitted, train_config
 
 from chameleon_jax.models.vqgan.model import encode_pictures
 from chameleon_jax.planning.layout import Layout

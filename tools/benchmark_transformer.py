@@ -1,4 +1,4 @@
-"""The transformer's cases of `benchmark.py`: a training step, prefill, decoding; ours against the peers of `benchmark_torch*.py`.
+"""The transformer's cases of `benchmark.py`: a training step and prefill (decoding is in `benchmark_decoding.py`); ours against Hugging Face.
 
 Every case compares what the two compute before it times them, in float32: logits, greedy tokens, losses and gradient norms. What a gate
 has refused is in the table, and has no time.
@@ -9,7 +9,6 @@ import functools
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
 import benchmark_peer
@@ -19,7 +18,6 @@ import numpy as np
 from benchmark_machine import Ceilings
 from benchmark_models import WAYS, Subject
 from benchmark_protocol import CompileClock, Contestant, Protocol, Race, Row, importable, race, spread
-from benchmark_torch_plain import PlainDecoder
 
 from chameleon_jax.config import DataConfig, Dtype, MeshConfig, OptimizerConfig, SamplingOptions, TrainConfig, TransformerConfig
 from chameleon_jax.models.transformer.model import Transformer, stack_layers
@@ -166,6 +164,29 @@ def train(bench: Bench) -> list[Row]:
 # ----------------------------------------------------------------------------------------------------------------------- prefill
 
 
+def options(subject: Subject, n_new: int) -> SamplingOptions:
+  """Greedy text that ends after `n_new` tokens."""
+  v = subject.vocabulary
+  return SamplingOptions(
+    'text', max_new_tokens=n_new, greedy=True, repetition_penalty=1.0, stop_at_end_turn=False, banned_tokens=(v.end_sequence, v.end_turn)
+  )
+
+
+def submitted(subject: Subject, way: str, prompts: np.ndarray, n_new: int) -> Any:
+  """A new engine with these requests queued."""
+  engine = subject.engine(way)
+  for row, prompt in enumerate(prompts):
+    engine.submit(prompt, options(subject, n_new), row=row)
+  return engine
+
+
+def first_token(engine: Any) -> Any:
+  """Fills in all prompts and draws one token a row; returns the engine."""
+  while not engine.steps:
+    engine.advance(1)
+  return engine
+
+
 def last_logits(config: Any, params: Any, *, all_positions: bool = False) -> Any:
   """A compiled function from tokens to logits, of the last position unless all are asked for."""
   model = Transformer(config)
@@ -184,7 +205,7 @@ def prefill_flops(config: TransformerConfig, length: int) -> float:
   return length * (2 * layers + (model_flops(config, length) - 6 * (layers + head)) / 3) + 2 * head
 
 
-def _difference(bench: Bench, tokens: np.ndarray) -> str | None:
+def difference(bench: Bench, tokens: np.ndarray) -> str | None:
   """What the float32 logits of all positions differ by, where it is too much."""
   ours = last_logits(*bench.subject.way('float32'), all_positions=True)(tokens)
   off = float(np.abs(ours - benchmark_torch.logits(benchmark_torch.load(bench.checkpoint, 'float32'), tokens)).max())
@@ -202,7 +223,7 @@ def prefill(bench: Bench) -> list[Row]:
     seen = race(contestants, bench.protocol, bench.clock)
     rate = sizes.prefill / seen.median('ours bfloat16')
     return [bench.left_out(case), bench.row(case, 'ours bfloat16', '-', f'{rate:,.0f} tokens/s')]
-  problem = _difference(bench, tokens)
+  problem = difference(bench, tokens)
   if problem:
     return [bench.refused(case, problem)]
   models = {dtype: benchmark_torch.load(bench.checkpoint, dtype) for dtype in benchmark_torch.DTYPES}
@@ -222,122 +243,7 @@ def prefill(bench: Bench) -> list[Row]:
   return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------- decoding
-
-
-def _options(bench_subject: Subject, n_new: int) -> SamplingOptions:
-  v = bench_subject.vocabulary
-  return SamplingOptions(
-    'text', max_new_tokens=n_new, greedy=True, repetition_penalty=1.0, stop_at_end_turn=False, banned_tokens=(v.end_sequence, v.end_turn)
-  )
-
-
-def submitted(subject: Subject, way: str, prompts: np.ndarray, n_new: int) -> Any:
-  """A new engine with these requests queued."""
-  engine = subject.engine(way)
-  for row, prompt in enumerate(prompts):
-    engine.submit(prompt, _options(subject, n_new), row=row)
-  return engine
-
-
-def first_token(engine: Any) -> Any:
-  """Fills in all prompts and draws one token a row; returns the engine."""
-  while not engine.steps:
-    engine.advance(1)
-  return engine
-
-
-def rest(engine: Any) -> int:
-  """Draws what is left; returns how many tokens there are."""
-  while engine.pending:
-    engine.advance()
-  return engine.decoded
-
-
-def greedy(subject: Subject, way: str, prompts: np.ndarray, n_new: int) -> np.ndarray:
-  """int32 [rows, n_new] through the sampler."""
-  return np.stack(subject.engine(way).generate_tokens(list(prompts), _options(subject, n_new)))
-
-
-def decode(bench: Bench, rows: int) -> list[Row]:
-  """Tokens drawn one after the other, the prompts filled in before the clock starts."""
-  subject, sizes, case = bench.subject, bench.subject.sizes, f'decode, batch {rows}'
-  prompts, n_new = subject.text(rows, sizes.prompt, seed=rows), sizes.new + 1
-  mine = {way: Contestant(f'ours {way}', rest, lambda way=way: first_token(submitted(subject, way, prompts, n_new))) for way in WAYS}
-  if not bench.peers:
-    seen = race(list(mine.values()), bench.protocol, bench.clock)
-    rates = ', '.join(f'{name} {rows * sizes.new / seen.median(name):,.0f} tokens/s' for name in seen.seconds)
-    return [bench.left_out(case), bench.row(case, f'{sizes.new} tokens after {sizes.prompt}', '-', rates)]
-  families = _peers(bench, prompts.shape[1] + n_new)
-  problem = _unequal(bench, prompts, families)
-  if problem:
-    return [bench.refused(case, problem)]
-  fast, readings = {}, {}
-  for family, peers in families.items():
-    readings[family] = {name: _least(peer, prompts, n_new) for name, peer in peers.items()}
-    name = min(readings[family], key=lambda name: readings[family][name])  # noqa: B023
-    fast[family] = Contestant(f'{family} ({name})', peers[name].run, functools.partial(peers[name].prepare, prompts, n_new))
-  seen = race([*mine.values(), *fast.values()], bench.protocol, bench.clock)
-  aims = {1: 1.3, 8: 1.1}
-  found = []
-  for way, contestant in mine.items():
-    nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(subject.way(way)[1])) - subject.way(way)[1]['embedding'].nbytes
-    more = f'; weights at {nbytes * sizes.new / seen.median(contestant.name) / bench.ceilings.read:.0%} of the read rate' if rows == 1 else ''
-    for family, peer in fast.items():
-      aim = (2.0 if way == 'int8' else aims.get(rows)) if family == PEER and (way == 'int8' or way == 'bfloat16') else None
-      what = f'{sizes.new} tokens after {sizes.prompt}, ours {way} against {peer.name}'
-      row = bench.ratio(case, what, seen, contestant.name, peer.name, aim=aim, each=rows * sizes.new, more=more)
-      row.details['peers_s'] = readings
-      found.append(row)
-  return found
-
-
-def _peers(bench: Bench, slots: int) -> dict[str, dict[str, Any]]:
-  """Family -> setting -> decoder."""
-  subject = bench.subject
-  hugging, plain = {}, {}
-  for dtype in benchmark_torch.DTYPES:
-    model = benchmark_torch.load(bench.checkpoint, dtype)
-    hugging |= {f'{dtype}, {cache} cache': benchmark_torch.Decoder(model, subject.allowed, cache=cache) for cache in benchmark_torch.CACHES}
-    plain[dtype] = PlainDecoder(subject.params, subject.sizes.transformer, subject.allowed, dtype=dtype, slots=slots)
-  return {PEER: hugging, 'plain torch': plain}
-
-
-def _unequal(bench: Bench, prompts: np.ndarray, families: dict[str, dict[str, Any]]) -> str | None:
-  """Which float32 contestant writes other tokens than ours, or has other logits; None where none does."""
-  n = min(bench.subject.sizes.gate, bench.subject.sizes.new)
-  problem = _difference(bench, prompts[:1])
-  if problem:
-    return problem
-  ours = greedy(bench.subject, 'float32', prompts, n)
-  for family, peers in families.items():
-    for name, peer in peers.items():
-      if not name.startswith('float32'):
-        continue
-      theirs = peer.run(peer.prepare(prompts, n))
-      if not np.array_equal(ours, theirs):
-        return f'{n} greedy float32 tokens of {family} ({name}) differ in {int(np.sum(np.any(ours != theirs, axis=1)))} of {len(ours)} rows'
-  return None
-
-
-def _least(peer: Any, prompts: np.ndarray, n_new: int, turns: int = 2) -> float:
-  """Least seconds of a few runs."""
-  seen = race([Contestant('', peer.run, functools.partial(peer.prepare, prompts, n_new))], Protocol(1, turns, 1), _Unseen())  # type: ignore[arg-type]
-  return min(seen.seconds[''])
-
-
-class _Unseen:
-  """In place of a clock where nothing of jax runs."""
-
-  seconds, programs = 0.0, 0
-
-
 def bench_in(subject: Subject, protocol: Protocol, ceilings: Ceilings, clock: CompileClock) -> tuple[Bench, tempfile.TemporaryDirectory]:
   """A bench with a folder of its own, which its second part removes."""
   folder = tempfile.TemporaryDirectory()
   return Bench(subject, protocol, clock, ceilings, pathlib.Path(folder.name)), folder
-
-
-def decodes(bench: Bench) -> Sequence[Row]:
-  """Decoding at every batch."""
-  return [row for rows in bench.subject.sizes.batches for row in decode(bench, rows)]

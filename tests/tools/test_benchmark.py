@@ -18,7 +18,7 @@ pytest.importorskip('transformers')
 @pytest.fixture(scope='module')
 def tools():
   """The tool and its neighbours as modules, torch on one thread (its threads wait for each other in a spin)."""
-  names = ('protocol', 'machine', 'models', 'torch', 'torch_plain', 'transformer', 'pictures', 'whole', 'curves')
+  names = ('protocol', 'machine', 'models', 'torch', 'torch_plain', 'transformer', 'decoding', 'pictures', 'whole', 'curves')
   before, threads = dict(sys.modules), torch.get_num_threads()
   sys.path.insert(0, str(_TOOLS))
   torch.set_num_threads(1)
@@ -61,7 +61,7 @@ def no_clock(tools, monkeypatch):
   def race(*_):
     raise AssertionError('timed behind a closed gate')
 
-  for module in (tools.transformer, tools.pictures):
+  for module in (tools.transformer, tools.decoding, tools.pictures):
     monkeypatch.setattr(module, 'race', race)
 
 
@@ -114,20 +114,20 @@ def test_a_wrong_update_is_seen_in_the_second_step(bench, no_clock, tools, monke
 def test_prefill_and_decoding_come_out_against_every_peer(bench, tools):
   rows = tools.transformer.prefill(bench)
   assert [row.aim for row in rows] == ['>= 2.0x', '>= 0.8x'] * 2
-  rows = tools.transformer.decode(bench, 2)
+  rows = tools.decoding.decode(bench, 2)
   assert {row.details['peer'].split(' (')[0] for row in rows} == {'HF', 'plain torch'}
   assert set(rows[0].details['peers_s']['HF']) == {f'{dtype}, {cache} cache' for dtype in tools.torch.DTYPES for cache in tools.torch.CACHES}
 
 
 def test_a_wrong_weight_is_neither_filled_in_nor_decoded_under_the_clock(broken, no_clock, tools):
-  for rows in (tools.transformer.prefill(broken), tools.transformer.decode(broken, 1)):
+  for rows in (tools.transformer.prefill(broken), tools.decoding.decode(broken, 1)):
     assert [row.reached for row in rows] == [False] and rows[0].value.startswith('not timed: float32 logits differ by ')
 
 
 def test_other_tokens_are_not_timed(bench, no_clock, tools, monkeypatch):
   honest = tools.torch_plain.PlainDecoder.run
   monkeypatch.setattr(tools.torch_plain.PlainDecoder, 'run', lambda self, prepared: honest(self, prepared)[:, ::-1])
-  (row,) = tools.transformer.decode(bench, 1)
+  (row,) = tools.decoding.decode(bench, 1)
   assert row.reached is False and 'greedy float32 tokens of plain torch (float32) differ in 1 of 1 rows' in row.value
 
 
@@ -199,7 +199,7 @@ def test_the_cost_model_is_fitted_to_its_points(tools):
 
 def test_without_torch_ours_is_timed_alone(bench, tools):
   alone = dataclasses.replace(bench, peers=False)
-  for case in (tools.transformer.prefill, lambda b: tools.transformer.decode(b, 1)):
+  for case in (tools.transformer.prefill, lambda b: tools.decoding.decode(b, 1)):
     first, second = case(alone)
     assert first.value == 'left out: torch and transformers are not installed (extra `parity`)' and 'tokens/s' in second.value
 
