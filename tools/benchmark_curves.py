@@ -1,8 +1,8 @@
-"""Scaling curves for `benchmark.py`: tokens (or pixels) per second against size, context, batch and picture, with the cost model beside them.
+"""Scaling curves for `benchmark.py`: tokens (or pixels) per second against size, context, batch and picture, beside the cost model.
 
 The cost model is the project's own roofline (`planning/speed.py`) over the ceilings of this machine, measured in the same run. Its two
-parameters, the share of the product rate and of the memory rate that programs reach, are fitted here (the median over the points each of them
-rules) and drawn with the points; dashed is the limit, both shares 1. Needs matplotlib (extra `dev`).
+parameters, the share of the product rate and of the memory rate that programs reach, are fitted here (the median over the points that each
+of them rules) and drawn with the points; dashed is the limit, both shares 1. Needs matplotlib (extra `dev`).
 """
 
 import dataclasses
@@ -147,7 +147,9 @@ class Curves:
     seconds = self._seconds(lambda _: encode_pictures(config, params, image))
     flops = encoder_flops(config)
     rate = self.ceilings.flops['float32']
-    return Point(('one picture, float32', 'encode'), side, side**2, seconds, lambda products, memory: flops / (rate * products), 'convolutions')
+    return Point(
+      ('one picture, float32', 'encode'), side, side**2, seconds, lambda products, memory: flops / (rate * products), 'convolutions'
+    )
 
   def measure(self) -> list[Point]:
     """Every point; each is told on stderr."""
@@ -232,7 +234,9 @@ def draw(found: dict[str, Any], output: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def write(subject: Subject, ceilings: Ceilings, protocol: Protocol, clock: CompileClock, *, output: pathlib.Path, where: dict[str, Any]) -> str:
+def write(
+  subject: Subject, ceilings: Ceilings, protocol: Protocol, clock: CompileClock, *, output: pathlib.Path, where: dict[str, Any]
+) -> str:
   """Measures, draws into `output` and its numbers into the .json beside it; returns a line for the terminal."""
   scales = TINY if subject.sizes.name == 'tiny' else Scales()
   points = Curves(subject, ceilings, protocol, clock, scales).measure()

@@ -52,7 +52,9 @@ def decode(bench: Bench, rows: int) -> list[Row]:
   found = []
   for way, contestant in mine.items():
     nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves(subject.way(way)[1])) - subject.way(way)[1]['embedding'].nbytes
-    more = f'; weights at {nbytes * sizes.new / seen.median(contestant.name) / bench.ceilings.read:.0%} of the read rate' if rows == 1 else ''
+    more = (
+      f'; weights at {nbytes * sizes.new / seen.median(contestant.name) / bench.ceilings.read:.0%} of the read rate' if rows == 1 else ''
+    )
     for family, peer in fast.items():
       aim = (2.0 if way == 'int8' else aims.get(rows)) if family == PEER and (way == 'int8' or way == 'bfloat16') else None
       what = f'{sizes.new} tokens after {sizes.prompt}, ours {way} against {peer.name}'

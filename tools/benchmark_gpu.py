@@ -3,9 +3,9 @@
     python tools/benchmark_gpu.py --output=h200.json
     python tools/benchmark_gpu.py --size=tiny --budget=120          # on a CPU, in a minute: says that the script works, nothing else
 
-Cases: training of the 7B, sampling (decoding of one row in bfloat16 and int8 and of 32 at 2,048 tokens, prefill, one guided picture, the plain
-torch loop), the image tokenizer. Each runs in a process of its own, so that one that runs out of memory or of time takes nothing with it; its
-rows are written as they come. A case for which no time is left says so. Programs are kept in --cache: a second run compiles less.
+Cases: training of the 7B, sampling (decoding of one row in bfloat16 and int8 and of 32 at 2,048 tokens, prefill, one guided picture, the
+plain torch loop), the image tokenizer. Each runs in a process of its own, so that one that runs out of memory or of time takes nothing with
+it; its rows are written as they come. A case for which no time is left says so. Programs are kept in --cache: a second run compiles less.
 """
 
 import dataclasses
@@ -33,11 +33,22 @@ MEMORY = '0.92'  # of the GPU that jax may take
 
 def child_command(case: str, size: str, seconds: float, rows: pathlib.Path) -> list[str]:
   """The process of one case, which writes a JSON line for each row."""
-  return [sys.executable, str(pathlib.Path(__file__).resolve()), f'--child={case}', f'--size={size}', f'--budget={seconds:.0f}', f'--output={rows}']
+  return [
+    sys.executable,
+    str(pathlib.Path(__file__).resolve()),
+    f'--child={case}',
+    f'--size={size}',
+    f'--budget={seconds:.0f}',
+    f'--output={rows}',
+  ]
 
 
 def orchestrate(
-  cases: Sequence[str], budget: float, folder: pathlib.Path, command: Callable[[str, float, pathlib.Path], list[str]], environment: dict[str, str]
+  cases: Sequence[str],
+  budget: float,
+  folder: pathlib.Path,
+  command: Callable[[str, float, pathlib.Path], list[str]],
+  environment: dict[str, str],
 ) -> Iterator[dict[str, Any]]:
   """Rows of the cases, in order, each case in a process that is ended when its time is over.
 
@@ -58,11 +69,13 @@ def orchestrate(
     rows = folder / f'{case}.jsonl'
     rows.touch()
     begun, problem = time.monotonic(), ''
-    process = subprocess.Popen(command(case, seconds - SPARE, rows), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+      command(case, seconds - SPARE, rows), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     try:
       _, complaint = process.communicate(timeout=seconds)
       if process.returncode:
-        problem = f'ended with {process.returncode}: {" ".join(complaint[-600:].split())}'
+        problem = f'ended with {process.returncode}: {" ".join(complaint[-300:].split())}'
     except subprocess.TimeoutExpired:
       process.kill()
       process.communicate()
@@ -87,9 +100,16 @@ def run_case(case: str, size: str, seconds: float, output: pathlib.Path) -> None
   from benchmark_protocol import machine
 
   tiny = size == 'tiny'
-  given: dict[str, Any] = {'shape': (64, 64, 64), 'n_bytes': 1 << 20, 'turns': 2} if tiny else {'shape': (8192, 8192, 8192), 'n_bytes': 1 << 31}
-  work = benchmark_gpu_cases.Work(benchmark_gpu_cases.SIZES[size](), benchmark_machine.measure(torch=False, **given), deadline)
-  runs = {'train': benchmark_gpu_cases.train, 'sample': benchmark_gpu_sampling.sample, 'image_tokenizer': benchmark_gpu_cases.image_tokenizer}
+  given: dict[str, Any] = (
+    {'shape': (64, 64, 64), 'n_bytes': 1 << 20, 'turns': 2} if tiny else {'shape': (8192, 8192, 8192), 'n_bytes': 1 << 31}
+  )
+  sizes = benchmark_gpu_cases.sizes_tiny() if tiny else benchmark_gpu_cases.sizes_7b()
+  work = benchmark_gpu_cases.Work(sizes, benchmark_machine.measure(torch=False, **given), deadline)
+  runs = {
+    'train': benchmark_gpu_cases.train,
+    'sample': benchmark_gpu_sampling.sample,
+    'image_tokenizer': benchmark_gpu_cases.image_tokenizer,
+  }
   where = {'machine': machine(), 'ceilings': work.ceilings.details}
   with output.open('a') as file:
     for row in runs[case](work):

@@ -1,8 +1,8 @@
 """Training and the image tokenizer for `benchmark_gpu.py`: what one accelerator does with the released sizes, absolute, random weights.
 
-Each case runs in a process of its own with a deadline and yields a row as soon as it has one; a part for which no time is left says so. Gates
-compare with plain forms first: a training step with whole attention and whole logits, bfloat16 codes and pixels with float32. Weights are
-made on the device. Rates are shares of the products and copies of the same process.
+Each case runs in a process of its own with a deadline and yields a row as soon as it has one; a part for which no time is left says so.
+Gates compare with plain forms first: a training step with whole attention and whole logits, bfloat16 codes and pixels with float32. Weights
+are made on the device. Rates are shares of the products and copies of the same process.
 """
 
 import contextlib
@@ -209,7 +209,11 @@ def train(work: Work) -> Iterator[Row]:
     yield work.row(case, 'gate', '-', f'not timed: {problem}', False)
     return
   rows, length = sizes.train
-  variants = [(sizes.transformer.n_layers, 'full', True), (sizes.transformer.n_layers, 'dots', True), (sizes.transformer.n_layers // 2, 'dots', False)]
+  variants = [
+    (sizes.transformer.n_layers, 'full', True),
+    (sizes.transformer.n_layers, 'dots', True),
+    (sizes.transformer.n_layers // 2, 'dots', False),
+  ]
   best = 0.0
   for place, (n_layers, remat, scanned) in enumerate(variants):
     what = f'{n_layers} layers, {rows} x {length}, remat {remat}, layers {"scanned" if scanned else "unrolled"}'
@@ -231,8 +235,11 @@ def train(work: Work) -> Iterator[Row]:
     rate = rows * length / seconds
     flops = model_flops(model, length) * rate
     best = max(best, flops / PEAK)
-    value = f'{flops / PEAK:.1%} MFU (causal count, of 989 TFLOP/s), {flops / work.ceilings.flops["bfloat16"]:.1%} of the measured product: {rate:,.0f} tokens/s'
-    yield work.row(case, what, '>= 48 % MFU, aim 55 %', value, flops / PEAK >= 0.48, details | {'mfu': flops / PEAK, 'tokens_per_second': rate})
+    share = flops / work.ceilings.flops['bfloat16']
+    value = f'{flops / PEAK:.1%} MFU (causal count, of 989 TFLOP/s), {share:.1%} of the measured product: {rate:,.0f} tokens/s'
+    yield work.row(
+      case, what, '>= 48 % MFU, aim 55 %', value, flops / PEAK >= 0.48, details | {'mfu': flops / PEAK, 'tokens_per_second': rate}
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------- pictures
@@ -249,7 +256,13 @@ def image_tokenizer(work: Work) -> Iterator[Row]:
   share = float(np.mean(given.encode('bfloat16') == codes))
   off = float(np.sqrt(np.mean(np.square(given.decode('bfloat16', codes) - pixels))) / np.ptp(pixels))
   if share < 0.99 or not off <= ROUNDED:
-    yield work.row(case, 'gate', '-', f'not timed: {share:.1%} of the bfloat16 codes are those of float32, pixels are {off:.1e} of their range off', False)
+    yield work.row(
+      case,
+      'gate',
+      '-',
+      f'not timed: {share:.1%} of the bfloat16 codes are those of float32, pixels are {off:.1e} of their range off',
+      False,
+    )
     return
   network, n, side = vqgan.VQGAN(config), sizes.n_pictures, config.resolution
   batch = pictures(side, n, seed=5)

@@ -1,4 +1,4 @@
-"""Sampling for `benchmark_gpu.py`: decoding of one row and of many, prefill, a guided picture, and the plain torch loop, all of one set of weights.
+"""Sampling for `benchmark_gpu.py`: decoding of one row and of many, prefill, a guided picture, the plain torch loop; one set of weights.
 
 The gate holds the sampler's greedy tokens against a forward pass without a cache, all scores at once.
 """
@@ -96,7 +96,9 @@ def _decode_many(work: Work, subject: Subject) -> Iterator[Row]:
   rate = sizes.many * n_new / seconds
   limit = sizes.many * work.ceilings.copy / _read_bytes(work, subject.way('bfloat16')[1], sizes.long, sizes.many)
   value = f'{rate:,.0f} tokens/s, {rate / limit:.0%} of the limit ({limit:,.0f}: weights and cache at the measured copy rate)'
-  yield work.row(f'decode, batch {sizes.many}', f'{n_new} tokens up to {sizes.long}', '>= 60 % of the limit', value, rate >= 0.6 * limit, details)
+  yield work.row(
+    f'decode, batch {sizes.many}', f'{n_new} tokens up to {sizes.long}', '>= 60 % of the limit', value, rate >= 0.6 * limit, details
+  )
 
 
 def _prefill(work: Work, subject: Subject) -> Iterator[Row]:

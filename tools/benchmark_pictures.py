@@ -1,8 +1,8 @@
 """The image tokenizer's cases of `benchmark.py`: a picture to codes against Hugging Face's encoder, codes to a picture against plain torch.
 
-Gates: in float32 the codes are those of the peer; in bfloat16 at least 99 % of them are those of float32. Decoded pixels of float32 differ by
-no more than 2e-3 of their range; those of bfloat16 by 1 % of it at most, root mean square. Random weights have codes that tie where trained
-ones do not, see `with_codebook`.
+Gates: in float32 the codes are those of the peer; in bfloat16 at least 99 % of them are those of float32. Decoded pixels of float32 differ
+by no more than 2e-3 of their range; those of bfloat16 by 1 % of it at most, root mean square. Random weights have codes that tie where
+trained ones do not, see `with_codebook`.
 """
 
 import dataclasses
@@ -139,8 +139,11 @@ def _rows(bench: Bench, case: str, seen: Race, peer_names: dict[str, str], aim: 
       continue
     for theirs, name in peer_names.items():
       seconds = seen.median(f'ours {mine}')
-      more = f': {1e3 * seconds:,.0f} against {1e3 * seen.median(name):,.0f} ms; {flops / seconds / bench.ceilings.flops[mine]:.0%} of the {mine} product'
-      found.append(bench.ratio(case, f'ours {mine} against {name}', seen, f'ours {mine}', name, aim=aim if theirs == 'float32' else None, more=more))
+      share = flops / seconds / bench.ceilings.flops[mine]
+      more = f': {1e3 * seconds:,.0f} against {1e3 * seen.median(name):,.0f} ms; {share:.0%} of the {mine} product'
+      found.append(
+        bench.ratio(case, f'ours {mine} against {name}', seen, f'ours {mine}', name, aim=aim if theirs == 'float32' else None, more=more)
+      )
   return found
 
 
@@ -156,7 +159,11 @@ def encode(bench: Bench, given: Pictures) -> list[Row]:
     mine = mine[:1]
   if not bench.peers:
     seen = race(mine, bench.protocol, bench.clock)
-    return [bench.left_out(case), *rows, bench.row(case, 'ours', '-', ', '.join(f'{name} {1e3 * seen.median(name):,.0f} ms' for name in seen.seconds))]
+    return [
+      bench.left_out(case),
+      *rows,
+      bench.row(case, 'ours', '-', ', '.join(f'{name} {1e3 * seen.median(name):,.0f} ms' for name in seen.seconds)),
+    ]
   pixels = np.array(vqgan.to_pixels(given.image))
   folder = _written(bench.folder, bench.subject, given)
   peers = {dtype: benchmark_torch.encoder(folder, dtype) for dtype in DTYPES}
@@ -186,7 +193,11 @@ def decode(bench: Bench, given: Pictures) -> list[Row]:
     mine = mine[:1]
   if not bench.peers:
     seen = race(mine, bench.protocol, bench.clock)
-    return [bench.left_out(case), *rows, bench.row(case, 'ours', '-', ', '.join(f'{name} {1e3 * seen.median(name):,.0f} ms' for name in seen.seconds))]
+    return [
+      bench.left_out(case),
+      *rows,
+      bench.row(case, 'ours', '-', ', '.join(f'{name} {1e3 * seen.median(name):,.0f} ms' for name in seen.seconds)),
+    ]
   peers = {dtype: PictureDecoder(given.params, given.config, dtype=dtype) for dtype in DTYPES}
   worst = float(np.abs(pixels['float32'] - peers['float32'].decode(codes)).max()) / extent
   if not worst <= PIXELS:
@@ -194,4 +205,3 @@ def decode(bench: Bench, given: Pictures) -> list[Row]:
   names = {dtype: f'plain torch {dtype}, channels last' for dtype in DTYPES}
   contestants = mine + [Contestant(names[dtype], lambda _, peer=peer: peer.decode(codes)) for dtype, peer in peers.items()]
   return rows + _rows(bench, case, race(contestants, bench.protocol, bench.clock), names, 1.0, decoder_flops(given.config))
-

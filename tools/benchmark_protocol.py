@@ -23,7 +23,6 @@ import jax
 from absl import app, flags
 
 
-
 def markers(section: str) -> tuple[str, str]:
   """The two lines of a page between which a tool writes."""
   return f'<!-- {section}: begin (written by the tool, not by hand) -->', f'<!-- {section}: end -->'

@@ -93,7 +93,9 @@ class Decoder:
 class Trainer:
   """One training step after the other: cross entropy in float32, clipping, fused AdamW that decays matrices alone."""
 
-  def __init__(self, folder: pathlib.Path, dtype: str, *, learning_rate: float, betas: tuple[float, float], eps: float, decay: float, clip: float):
+  def __init__(
+    self, folder: pathlib.Path, dtype: str, *, learning_rate: float, betas: tuple[float, float], eps: float, decay: float, clip: float
+  ):
     import torch
 
     self._model = load.__wrapped__(folder, dtype).train()  # not the shared one: its weights change

@@ -121,7 +121,9 @@ class PlainDecoder:
         q, keys[:, :, :seen], values[:, :, :seen], mask, is_causal=causal, enable_gqa=config.n_heads != config.n_kv_heads
       )
       x = x + functional.linear(context.transpose(1, 2).reshape(rows, length, -1), layer['out'])
-      gate, up = functional.linear(functional.rms_norm(x, (config.d_model,), layer['norms'][1], config.norm_eps), layer['wide']).chunk(2, -1)
+      gate, up = functional.linear(functional.rms_norm(x, (config.d_model,), layer['norms'][1], config.norm_eps), layer['wide']).chunk(
+        2, -1
+      )
       x = x + functional.linear(functional.silu(gate) * up, layer['down'])
     return functional.linear(functional.rms_norm(x[:, -1], (config.d_model,), self._norm, config.norm_eps), self._head)
 

@@ -1,4 +1,4 @@
-"""The transformer's cases of `benchmark.py`: a training step and prefill (decoding is in `benchmark_decoding.py`); ours against Hugging Face.
+"""The transformer's cases of `benchmark.py`, ours against Hugging Face: a training step and prefill (`benchmark_decoding.py` decodes).
 
 Every case compares what the two compute before it times them, in float32: logits, greedy tokens, losses and gradient norms. What a gate
 has refused is in the table, and has no time.
@@ -68,7 +68,9 @@ class Bench:
     """The row of a case that was not timed."""
     return self.row(case, 'gate', '-', f'not timed: {gate}', False)
 
-  def ratio(self, case: str, what: str, seen: Race, ours: str, peer: str, *, aim: float | None = None, more: str = '', each: float = 1) -> Row:
+  def ratio(
+    self, case: str, what: str, seen: Race, ours: str, peer: str, *, aim: float | None = None, more: str = '', each: float = 1
+  ) -> Row:
     """A row for two contestants.
 
     Args:
@@ -142,9 +144,18 @@ def train(bench: Bench) -> list[Row]:
   contestants = [Contestant(f'ours {way}', lambda _, step=trainer.step: step(tokens, targets)) for way, trainer in ours.items()]
   if not bench.peers:
     seen = race(contestants, bench.protocol, bench.clock)
-    return [bench.left_out(case), bench.row(case, 'ours bfloat16', '-', f'{rows * length / seen.median("ours bfloat16"):,.0f} tokens/s' + share(seen))]
+    return [
+      bench.left_out(case),
+      bench.row(case, 'ours bfloat16', '-', f'{rows * length / seen.median("ours bfloat16"):,.0f} tokens/s' + share(seen)),
+    ]
   o = train_config(subject, 'float32').optimizer
-  given: dict[str, Any] = {'learning_rate': o.learning_rate, 'betas': (o.beta1, o.beta2), 'eps': o.eps, 'decay': o.weight_decay, 'clip': o.clip_norm}
+  given: dict[str, Any] = {
+    'learning_rate': o.learning_rate,
+    'betas': (o.beta1, o.beta2),
+    'eps': o.eps,
+    'decay': o.weight_decay,
+    'clip': o.clip_norm,
+  }
   theirs = {dtype: benchmark_torch.Trainer(bench.checkpoint, dtype, **given) for dtype in benchmark_torch.DTYPES}
   for turn in range(2):  # the second step sees the first update
     mine, peer = ours['float32'].step(tokens, targets), theirs['float32'].step(tokens, targets)
@@ -155,7 +166,13 @@ def train(bench: Bench) -> list[Row]:
   seen = race(contestants, bench.protocol, bench.clock)
   make = functools.partial(bench.ratio, case, seen=seen, each=rows * length)
   return [
-    make(what=f'step of {rows} x {length}, mixed precision against HF float32', ours='ours bfloat16', peer=f'{PEER} float32', aim=1.3, more=share(seen)),
+    make(
+      what=f'step of {rows} x {length}, mixed precision against HF float32',
+      ours='ours bfloat16',
+      peer=f'{PEER} float32',
+      aim=1.3,
+      more=share(seen),
+    ),
     make(what='the same against HF bfloat16 (pure)', ours='ours bfloat16', peer=f'{PEER} bfloat16', aim=0.9),
     make(what='ours float32 against HF float32', ours='ours float32', peer=f'{PEER} float32'),
   ]
@@ -227,9 +244,14 @@ def prefill(bench: Bench) -> list[Row]:
   if problem:
     return [bench.refused(case, problem)]
   models = {dtype: benchmark_torch.load(bench.checkpoint, dtype) for dtype in benchmark_torch.DTYPES}
-  contestants += [Contestant(f'{PEER} {dtype}', lambda _, m=model: benchmark_torch.logits(m, tokens, last=True)) for dtype, model in models.items()]
+  contestants += [
+    Contestant(f'{PEER} {dtype}', lambda _, m=model: benchmark_torch.logits(m, tokens, last=True)) for dtype, model in models.items()
+  ]
   peers = {dtype: benchmark_torch.Decoder(model, bench.subject.allowed, cache='dynamic') for dtype, model in models.items()}
-  contestants += [Contestant(f'ours {way}, sampler', lambda e: first_token(e), functools.partial(submitted, bench.subject, way, tokens, 1)) for way in WAYS]
+  contestants += [
+    Contestant(f'ours {way}, sampler', lambda e: first_token(e), functools.partial(submitted, bench.subject, way, tokens, 1))
+    for way in WAYS
+  ]
   contestants += [Contestant(f'{PEER} {dtype}, cache', lambda _, p=peer: p.run(p.prepare(tokens, 1))) for dtype, peer in peers.items()]
   seen = race(contestants, bench.protocol, bench.clock)
   make = functools.partial(bench.ratio, case, seen=seen, each=sizes.prefill)

@@ -119,7 +119,8 @@ def pipeline(bench: Bench, trained: Sequence[Row], *, documents: int = 3000, row
 _SPLIT = """
 import json, os, time
 stamps = {}
-begun = time.clock_gettime(time.CLOCK_BOOTTIME) - float(open('/proc/self/stat').read().rsplit(')', 1)[1].split()[19]) / os.sysconf('SC_CLK_TCK')
+started = float(open('/proc/self/stat').read().rsplit(')', 1)[1].split()[19]) / os.sysconf('SC_CLK_TCK')
+begun = time.clock_gettime(time.CLOCK_BOOTTIME) - started
 start = time.perf_counter() - begun
 def stamp(name): stamps[name] = time.perf_counter() - start
 stamp('python')

@@ -23,7 +23,9 @@ def tools():
   sys.path.insert(0, str(_TOOLS))
   torch.set_num_threads(1)
   try:
-    yield types.SimpleNamespace(**{name: importlib.import_module(f'benchmark_{name}') for name in names}, main=importlib.import_module('benchmark'))
+    yield types.SimpleNamespace(
+      **{name: importlib.import_module(f'benchmark_{name}') for name in names}, main=importlib.import_module('benchmark')
+    )
   finally:
     torch.set_num_threads(threads)
     sys.path.remove(str(_TOOLS))
@@ -116,7 +118,9 @@ def test_prefill_and_decoding_come_out_against_every_peer(bench, tools):
   assert [row.aim for row in rows] == ['>= 2.0x', '>= 0.8x'] * 2
   rows = tools.decoding.decode(bench, 2)
   assert {row.details['peer'].split(' (')[0] for row in rows} == {'HF', 'plain torch'}
-  assert set(rows[0].details['peers_s']['HF']) == {f'{dtype}, {cache} cache' for dtype in tools.torch.DTYPES for cache in tools.torch.CACHES}
+  assert set(rows[0].details['peers_s']['HF']) == {
+    f'{dtype}, {cache} cache' for dtype in tools.torch.DTYPES for cache in tools.torch.CACHES
+  }
 
 
 def test_a_wrong_weight_is_neither_filled_in_nor_decoded_under_the_clock(broken, no_clock, tools):
@@ -208,7 +212,15 @@ def test_the_command_fills_its_table_and_its_section(tools, tmp_path, monkeypatc
   begin, end = tools.protocol.markers('side by side')
   page, output = tmp_path / 'page.md', tmp_path / 'out.json'
   page.write_text(f'{tools.protocol.BEGIN}\nkept\n{tools.protocol.END}\n{begin}\nold\n{end}\ntail\n')
-  given = {'cases': ['pipeline'], 'size': 'tiny', 'repetitions': 1, 'max_load': 0.0, 'output': str(output), 'page': str(page), 'curves': None}
+  given = {
+    'cases': ['pipeline'],
+    'size': 'tiny',
+    'repetitions': 1,
+    'max_load': 0.0,
+    'output': str(output),
+    'page': str(page),
+    'curves': None,
+  }
   monkeypatch.setattr(tools.main, 'FLAGS', types.SimpleNamespace(**given))
   tools.main.main(['benchmark'])
   text = page.read_text()
@@ -218,7 +230,9 @@ def test_the_command_fills_its_table_and_its_section(tools, tmp_path, monkeypatc
   assert 'Ceilings in the same run' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(('given', 'message'), [({'cases': ['trian']}, 'takes names out of train'), ({'size': 'small', 'cases': []}, 'load average')])
+@pytest.mark.parametrize(
+  ('given', 'message'), [({'cases': ['trian']}, 'takes names out of train'), ({'size': 'small', 'cases': []}, 'load average')]
+)
 def test_a_wrong_case_and_a_busy_machine_are_refused(tools, monkeypatch, given, message):
   defaults = {'cases': [], 'size': 'tiny', 'repetitions': 1, 'max_load': -1.0, 'output': None, 'page': None, 'curves': None}
   monkeypatch.setattr(tools.main, 'FLAGS', types.SimpleNamespace(**{**defaults, **given}))
