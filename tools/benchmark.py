@@ -7,7 +7,7 @@
 
 Peers are Hugging Face's Chameleon on torch, a plain fast torch decode loop, and torch image tokenizers (extra `parity`; left out where it
 is not installed). Every case has a gate: what the two compute is compared first, and nothing is timed where it differs. Contestants run
-in turn, round after round; ratios are of one round. experiments/benchmarks.md says what each case means; tools/benchmark_gpu.py is for GPUs.
+in turn, round after round; ratios are of one round. experiments/benchmarks.md says what each case is; tools/benchmark_gpu.py is for GPUs.
 """
 
 import os

@@ -35,6 +35,7 @@ from chameleon_jax.training.state import init_state
 from chameleon_jax.training.step import make_train_step
 
 PEAK = 989e12  # bfloat16 of an H100 or H200, the maker's
+GATE_LENGTH = 1024  # tokens of the rows that the gate of training compares; blocks of the attention are 512 on a GPU
 GRADIENT = 1e-3  # relative difference of loss and gradient norm from the plain form
 
 
@@ -143,7 +144,17 @@ def parts(work: Work, each: dict[str, tuple[float, Callable[[], Iterator[Row]]]]
     if work.left < needed:
       yield work.row(name, 'skipped', '-', f'not measured: {work.left:.0f} s left of the budget, it needs {needed:.0f}', None)
       continue
-    yield from run()
+    try:
+      yield from run()
+    except RuntimeError as error:
+      if not too_large(error):
+        raise
+      yield work.row(name, 'skipped', '-', 'does not fit the memory', None)
+
+
+def too_large(error: RuntimeError) -> bool:
+  """Whether jax or torch ran out of memory."""
+  return 'RESOURCE_EXHAUSTED' in str(error) or 'out of memory' in str(error)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- training
@@ -184,7 +195,7 @@ class Trainer:
 
 def _training_differs(work: Work) -> str | None:
   """How far two float32 steps of a small model are from the plain form, where that is too far."""
-  base, length = (tiny().transformer, 64) if work.sizes.name == 'tiny' else (work.sizes.transformer, 1024)
+  base, length = (tiny().transformer, min(96, GATE_LENGTH)) if work.sizes.name == 'tiny' else (work.sizes.transformer, GATE_LENGTH)
   if work.sizes.name != 'tiny':
     base = dataclasses.replace(base, n_layers=2, d_model=512, n_heads=4, n_kv_heads=4, d_ff=1376)
   model = dataclasses.replace(base, dtype='float32', param_dtype='float32', scan_layers=True, remat='full')
@@ -225,8 +236,8 @@ def train(work: Work) -> Iterator[Row]:
     try:
       trainer = Trainer(config)
       seconds, details = work.seconds(trainer)
-    except jax.errors.JaxRuntimeError as error:
-      if 'RESOURCE_EXHAUSTED' not in str(error):
+    except RuntimeError as error:
+      if not too_large(error):
         raise
       yield work.row(case, what, '-', 'does not fit the memory', None)
       continue
