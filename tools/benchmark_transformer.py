@@ -9,6 +9,7 @@ import functools
 import pathlib
 import statistics
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import benchmark_peer
@@ -100,11 +101,9 @@ class OurTrainer:
   def __init__(self, subject: Subject, dtype: Dtype):
     rows, length = subject.sizes.train
     self.config = train_config(subject, dtype)
-    self._mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
-    model, optimizer = Transformer(self.config.model), make_optimizer(self.config.optimizer, self.config.n_steps)
+    self._mesh, model, optimizer, self._step = _program(self.config)
     params = stack_layers(subject.params) if self.config.model.scan_layers else subject.params
     self._state = init_state(model, optimizer, self._mesh, key=jax.random.key(0), params=params)
-    self._step = make_train_step(model, optimizer, self.config, self._mesh)
     self._rest = {'loss_weights': np.ones((rows, length), np.float32), 'segment_ids': np.ones((rows, length), np.int32)}
     self._rest['positions'] = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
 
@@ -114,6 +113,14 @@ class OurTrainer:
       self._state, metrics = self._step(self._state, {'tokens': tokens, 'targets': targets, **self._rest}, jax.random.key(0))
     jax.block_until_ready(self._state)
     return float(metrics['loss']), float(metrics['gradient_norm'])
+
+
+@functools.lru_cache(maxsize=4)
+def _program(config: TrainConfig) -> tuple[Any, Transformer, Any, Callable[..., Any]]:
+  """Mesh of one device, model, optimizer and step of a config: what is compiled for one trainer serves the next."""
+  mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+  model, optimizer = Transformer(config.model), make_optimizer(config.optimizer, config.n_steps)
+  return mesh, model, optimizer, make_train_step(model, optimizer, config, mesh)
 
 
 def train_config(subject: Subject, dtype: Dtype) -> TrainConfig:
