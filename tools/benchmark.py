@@ -45,7 +45,8 @@ def ceilings_of(sizes: Sizes) -> benchmark_machine.Ceilings:
 
 def measure(cases: Sequence[str], bench: Bench) -> list[Row]:
   """The rows of the table, case by case."""
-  sizes, rows = bench.subject.sizes, []
+  sizes = bench.subject.sizes
+  rows: list[Row] = []
   given: list[benchmark_pictures.Pictures] = []
 
   def tokenizer() -> benchmark_pictures.Pictures:

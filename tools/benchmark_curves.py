@@ -185,7 +185,7 @@ def predicted(point: Point, shares: dict[str, float]) -> float:
 
 def record(points: Sequence[Point], shares: dict[str, float]) -> dict[str, Any]:
   """For JSON: every point, the parameters, and how far off the model is (median of the larger of both ratios, less one)."""
-  rows = [
+  rows: list[dict[str, Any]] = [
     {
       'panel': point.curve[0],
       'line': point.curve[1],

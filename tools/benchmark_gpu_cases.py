@@ -221,7 +221,7 @@ def train(work: Work) -> Iterator[Row]:
     yield work.row(case, 'gate', '-', f'not timed: {problem}', False)
     return
   rows, length = sizes.train
-  variants = [
+  variants: list[tuple[int, Any, bool]] = [
     (sizes.transformer.n_layers, 'full', True),
     (sizes.transformer.n_layers, 'dots', True),
     (sizes.transformer.n_layers // 2, 'dots', False),

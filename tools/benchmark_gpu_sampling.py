@@ -49,7 +49,7 @@ def drawn_otherwise(work: Work, subject: Subject) -> str | None:
 def read_bytes(work: Work, params: Any, slots: float, rows: int) -> float:
   """Of a decode step: weights (one row of the embedding is nothing) and the keys and values of the tokens so far."""
   config = work.sizes.transformer
-  weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - params['embedding'].nbytes
+  weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - sum(leaf.nbytes for leaf in jax.tree.leaves(params['embedding']))
   return weights + rows * slots * 2 * config.n_layers * config.n_kv_heads * config.d_head * 2
 
 

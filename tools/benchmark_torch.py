@@ -32,7 +32,7 @@ def load(folder: pathlib.Path, dtype: str) -> Any:
 
 
 @functools.cache
-def _cache_argument(kind: type) -> str:
+def _cache_argument(kind: Any) -> str:
   """What this release of transformers calls the argument."""
   return 'cache' if 'cache' in inspect.signature(kind.forward).parameters else 'past_key_values'
 

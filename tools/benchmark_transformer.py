@@ -29,6 +29,7 @@ from chameleon_jax.training.state import init_state
 from chameleon_jax.training.step import make_train_step
 
 LOGITS, RELATIVE = 2e-3, 1e-3  # of the gates: largest difference of logits; relative difference of loss and gradient norm
+NARROW = 3e-2  # of logits in bfloat16 or with int8 weights, root mean square; float32 is held against the peer
 PEER = 'HF'
 
 
@@ -229,6 +230,15 @@ def prefill_flops(config: TransformerConfig, length: int) -> float:
   return length * (2 * layers + (model_flops(config, length) - 6 * (layers + head)) / 3) + 2 * head
 
 
+def rounded_off(subject: Subject, way: str, tokens: np.ndarray) -> str | None:
+  """How far the logits of a narrower way are from those of float32 with the weights it stands for, where that is too far."""
+  if way == 'float32':
+    return None
+  exact = last_logits(*subject.meant_by(way).way('float32'), all_positions=True)(tokens)
+  off = float(np.sqrt(np.mean(np.square(last_logits(*subject.way(way), all_positions=True)(tokens) - exact)) / np.mean(np.square(exact))))
+  return None if off <= NARROW else f'{way} logits are {off:.1e} of their size off (root mean square, limit {NARROW})'
+
+
 def difference(bench: Bench, tokens: np.ndarray) -> str | None:
   """What the float32 logits of all positions differ by, where it is too much."""
   ours = last_logits(*bench.subject.way('float32'), all_positions=True)(tokens)
@@ -247,7 +257,7 @@ def prefill(bench: Bench) -> list[Row]:
     seen = race(contestants, bench.protocol, bench.clock)
     rate = sizes.prefill / seen.median('ours bfloat16')
     return [bench.left_out(case), bench.row(case, 'ours bfloat16', '-', f'{rate:,.0f} tokens/s')]
-  problem = difference(bench, tokens)
+  problem = difference(bench, tokens) or next(filter(None, (rounded_off(bench.subject, way, tokens[:, :128]) for way in WAYS)), None)
   if problem:
     return [bench.refused(case, problem)]
   models = {dtype: benchmark_torch.load(bench.checkpoint, dtype) for dtype in benchmark_torch.DTYPES}

@@ -185,13 +185,11 @@ def start(bench: Bench, *, model: str = 'emoji') -> list[Row]:
   with tempfile.TemporaryDirectory() as folder:
     first = first_text(folder, model=model)
     later = [first_text(folder, model=model) for _ in range(min(3, bench.protocol.repetitions))]
-    seconds = statistics.median(later)
-    details = {'first_s': first, 'later_s': later, 'split_s': split(folder, model=model)}
-  parts = ', '.join(f'{name} {part:.1f}' for name, part in details['split_s'].items())
+    seconds, steps = statistics.median(later), split(folder, model=model)
+  details = {'first_s': first, 'later_s': later, 'split_s': steps}
+  parts = ', '.join(f'{name} {part:.1f}' for name, part in steps.items())
   value = f'{seconds:.1f} s ({min(later):.1f} to {max(later):.1f}), step by step: {parts}'
   return [
     Row(case, model, f'{what}, first run', '-', f'{first:.1f} s', None),
     Row(case, model, f'{what}, second run', f'<= {START:.0f} s', value, seconds <= START, details),
   ]
-
-
