@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from benchmark_machine import Ceilings
-from benchmark_models import pictures, tiny
+from benchmark_models import pictures, tiny, transformer_params
 from benchmark_pictures import ROUNDED, Pictures
 from benchmark_protocol import CompileClock, Contestant, Protocol, Row, race
 
@@ -26,7 +26,7 @@ from chameleon_jax import presets
 from chameleon_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig, TransformerConfig, VQGANConfig
 from chameleon_jax.interop.native import abstract_transformer
 from chameleon_jax.models.transformer import attention
-from chameleon_jax.models.transformer.model import Transformer
+from chameleon_jax.models.transformer.model import Transformer, stack_layers
 from chameleon_jax.models.vqgan import model as vqgan
 from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.planning.speed import model_flops
@@ -172,12 +172,12 @@ def _train_config(model: TransformerConfig, vocabulary: Any, shape: tuple[int, i
 
 
 class Trainer:
-  """A state made on the device, and its step on random tokens."""
+  """A state made on the device, from `params` (one tree a layer) or anew, and its step on random tokens."""
 
-  def __init__(self, config: TrainConfig):
+  def __init__(self, config: TrainConfig, params: Any = None):
     self._mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     model, optimizer = Transformer(config.model), make_optimizer(config.optimizer, config.n_steps)
-    self._state = init_state(model, optimizer, self._mesh, key=jax.random.key(0))
+    self._state = init_state(model, optimizer, self._mesh, key=jax.random.key(0), params=params)
     self._step = make_train_step(model, optimizer, config, self._mesh)
     rows, length = config.data.batch_size, config.data.seq_len
     text = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, length + 1)).astype(np.int32)
@@ -201,8 +201,11 @@ def _training_differs(work: Work) -> str | None:
   large: dict[str, Any] = {} if work.sizes.name == 'tiny' else {'scan_layers': True, 'remat': 'full'}  # as what is timed
   model = dataclasses.replace(base, dtype='float32', param_dtype='float32', **large)
 
+  params = transformer_params(model)
+  given = stack_layers(params) if model.scan_layers else params
+
   def steps(chunks: int) -> list[tuple[float, float]]:
-    trainer = Trainer(_train_config(model, vocabulary_of(work.sizes), (2, length), chunks))
+    trainer = Trainer(_train_config(model, vocabulary_of(work.sizes), (2, length), chunks), given)
     return [trainer() for _ in range(2)]
 
   with jax.default_matmul_precision('highest'):
