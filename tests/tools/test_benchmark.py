@@ -66,7 +66,7 @@ def no_clock(tools, monkeypatch):
   def race(*_):
     raise AssertionError('timed behind a closed gate')
 
-  for module in (tools.transformer, tools.decoding, tools.pictures):
+  for module in (tools.transformer, tools.decoding, tools.pictures, tools.whole):
     monkeypatch.setattr(module, 'race', race)
 
 
@@ -204,6 +204,36 @@ def test_the_cost_model_is_fitted_to_its_points(tools):
   assert shares == {'products': 0.5, 'memory': 0.25}
   found = tools.curves.record(points, shares)
   assert found['median_error'] == pytest.approx(0) and found['points'][0]['limit_per_second'] == 1
+
+
+@pytest.fixture
+def small_picture(tools, monkeypatch, tiny_model_folder):
+  """In place of the shipped weights."""
+  import functools
+
+  import chameleon_jax
+
+  monkeypatch.setattr(tools.whole, '_emoji', functools.cache(lambda dtype: chameleon_jax.load(tiny_model_folder, dtype=dtype)))
+
+
+def test_a_guided_picture_is_that_of_plain_torch(bench, tools, small_picture):
+  whole, *alone = tools.whole.picture(bench)
+  assert whole.value.endswith(' ms') and [row.what.split(', ours ')[1].split(' against ')[0] for row in alone] == ['float32', 'bfloat16']
+  assert set(whole.details['seconds']) == {f'{who} {dtype}' for who in ('ours', 'plain torch') for dtype in tools.torch.DTYPES} | {
+    'ours bfloat16, whole'
+  }
+
+
+def test_another_picture_is_not_timed(bench, tools, small_picture, no_clock, monkeypatch):
+  monkeypatch.setattr(tools.torch_plain.PlainDecoder, 'guided', lambda *_: np.zeros(16, np.int32))
+  (row,) = tools.whole.picture(bench)
+  assert row.reached is False and row.value.startswith('not timed: ') and 'codes differ from those of plain torch' in row.value
+
+
+def test_a_command_is_timed_to_its_first_text(tools, tmp_path, tiny_model_folder):
+  assert 0.5 < tools.whole.first_text(str(tmp_path), model=str(tiny_model_folder)) < 300
+  with pytest.raises(RuntimeError, match='ended with 1: .*missing'):
+    tools.whole.first_text(str(tmp_path), model='missing')
 
 
 def test_without_torch_ours_is_timed_alone(bench, tools, monkeypatch):
