@@ -7,6 +7,7 @@ import pathlib
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -17,17 +18,19 @@ pytest.importorskip('transformers')
 
 @pytest.fixture(scope='module')
 def tools():
-  """The tool and its neighbours as modules, torch on one thread (its threads wait for each other in a spin)."""
+  """The tool and its neighbours as modules, torch on one thread (its threads wait for each other in a spin), programs compiled in haste."""
   names = ('protocol', 'machine', 'models', 'torch', 'torch_plain', 'transformer', 'decoding', 'pictures', 'whole', 'curves')
   before, threads = dict(sys.modules), torch.get_num_threads()
   sys.path.insert(0, str(_TOOLS))
   torch.set_num_threads(1)
+  jax.config.update('jax_disable_most_optimizations', True)
   try:
     yield types.SimpleNamespace(
       **{name: importlib.import_module(f'benchmark_{name}') for name in names}, main=importlib.import_module('benchmark')
     )
   finally:
     torch.set_num_threads(threads)
+    jax.config.update('jax_disable_most_optimizations', False)
     sys.path.remove(str(_TOOLS))
     for name in set(sys.modules) - set(before):
       if name.startswith('benchmark'):
@@ -38,7 +41,7 @@ def tools():
 def bench(tools, tmp_path_factory):
   ceilings = tools.machine.measure(shape=(16, 16, 16), n_bytes=1 << 16, turns=1)
   sizes = tools.models.tiny()
-  vqgan = dataclasses.replace(sizes.vqgan, channel_multipliers=(1, 1))
+  vqgan = dataclasses.replace(sizes.vqgan, channel_multipliers=(1, 1, 1))
   sizes = dataclasses.replace(sizes, transformer=dataclasses.replace(sizes.transformer, n_layers=1), vqgan=vqgan)  # less to compile
   subject = tools.models.Subject.random(sizes)
   folder = tmp_path_factory.mktemp('bench')
@@ -177,8 +180,6 @@ def test_other_codes_and_other_pixels_are_not_timed(bench, no_clock, tools):
 @pytest.mark.parametrize('name', ['vqgan_512', 'tiny_vqgan'])
 def test_operations_are_counted_as_the_compiler_counts_them(tools, name):
   """Dense convolutions; the compiler leaves out what zero padding saves and adds the pointwise work."""
-  import jax
-
   from chameleon_jax import presets
   from chameleon_jax.interop.native import abstract_vqgan
   from chameleon_jax.models.vqgan.model import VQGAN

@@ -8,6 +8,7 @@ import sys
 import time
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -16,14 +17,16 @@ _TOOLS = pathlib.Path(__file__).parents[2] / 'tools'
 
 @pytest.fixture(scope='module')
 def tools():
-  """The script and its cases as modules."""
+  """The script and its cases as modules, programs compiled in haste."""
   before = set(sys.modules)
   sys.path.insert(0, str(_TOOLS))
+  jax.config.update('jax_disable_most_optimizations', True)
   try:
     names = ('gpu', 'gpu_cases', 'gpu_sampling', 'machine', 'protocol', 'torch_plain')
     yield types.SimpleNamespace(**{name: importlib.import_module(f'benchmark_{name}') for name in names})
   finally:
     sys.path.remove(str(_TOOLS))
+    jax.config.update('jax_disable_most_optimizations', False)
     for name in set(sys.modules) - before:
       if name.startswith('benchmark'):
         del sys.modules[name]
