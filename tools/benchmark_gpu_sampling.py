@@ -16,7 +16,7 @@ from benchmark_gpu_cases import GpuSizes, Work, device_params, parts, vocabulary
 from benchmark_models import WAYS, Sizes, Subject
 from benchmark_protocol import Contestant, Row, importable, race, spread
 from benchmark_torch_plain import PlainDecoder
-from benchmark_transformer import first_token, last_logits, prefill_flops, submitted
+from benchmark_transformer import first_token, last_logits, logits_program, prefill_flops, submitted
 
 from chameleon_jax.config import SamplingOptions
 
@@ -38,7 +38,8 @@ def drawn_otherwise(work: Work, subject: Subject) -> str | None:
   drawn = greedy(subject, 'bfloat16', prompt, n)
   config, params = subject.way('bfloat16')
   with work.plain():
-    logits = last_logits(config, params, all_positions=True)(np.concatenate([prompt, drawn], 1))[0, prompt.shape[1] - 1 : -1]
+    plain = logits_program(config, all_positions=True)  # a program of its own, traced in the plain form
+    logits = np.asarray(plain(params, np.concatenate([prompt, drawn], 1)))[0, prompt.shape[1] - 1 : -1]
   logits = np.where(subject.allowed, logits, -np.inf)
   behind = logits.max(-1) - logits[np.arange(n), drawn[0]]
   agree = float(np.mean(behind == 0))

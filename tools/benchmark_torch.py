@@ -39,7 +39,7 @@ def _cache_argument(kind: Any) -> str:
 
 def _hidden(model: Any, tokens: Any, cache: Any = None) -> Any:
   """Last hidden states [B, T, D]."""
-  more = {'use_cache': False} if cache is None else {'use_cache': True, _cache_argument(type(model.model)): cache}
+  more = {'use_cache': False} if cache is None else {'use_cache': True, _cache_argument(type(model.model)): cache}  # type: ignore[arg-type]
   return model.model(input_ids=tokens, **more).last_hidden_state
 
 
