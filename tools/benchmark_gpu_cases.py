@@ -172,7 +172,7 @@ def _train_config(model: TransformerConfig, vocabulary: Any, shape: tuple[int, i
 
 
 class Trainer:
-  """A state made on the device, from `params` (one tree a layer) or anew, and its step on random tokens."""
+  """A state made on the device, from `params` (stacked as the config has its layers) or anew, and its step on random tokens."""
 
   def __init__(self, config: TrainConfig, params: Any = None):
     self._mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
@@ -200,7 +200,6 @@ def _training_differs(work: Work) -> str | None:
     base = dataclasses.replace(base, n_layers=2, d_model=512, n_heads=4, n_kv_heads=4, d_ff=1376)
   large: dict[str, Any] = {} if work.sizes.name == 'tiny' else {'scan_layers': True, 'remat': 'full'}  # as what is timed
   model = dataclasses.replace(base, dtype='float32', param_dtype='float32', **large)
-
   params = transformer_params(model)
   given = stack_layers(params) if model.scan_layers else params
 
@@ -229,7 +228,6 @@ def train(work: Work) -> Iterator[Row]:
     (sizes.transformer.n_layers, 'dots', True),
     (sizes.transformer.n_layers // 2, 'dots', False),
   ]
-  best = 0.0
   for place, (n_layers, remat, scanned) in enumerate(variants):
     what = f'{n_layers} layers, {rows} x {length}, remat {remat}, layers {"scanned" if scanned else "unrolled"}'
     if place and work.left < 90:
@@ -249,7 +247,6 @@ def train(work: Work) -> Iterator[Row]:
       trainer = None  # type: ignore[assignment]  # its memory
     rate = rows * length / seconds
     flops = model_flops(model, length) * rate
-    best = max(best, flops / PEAK)
     share = flops / work.ceilings.flops['bfloat16']
     value = f'{flops / PEAK:.1%} MFU (causal count, of 989 TFLOP/s), {share:.1%} of the measured product: {rate:,.0f} tokens/s'
     yield work.row(
