@@ -117,8 +117,10 @@ def pictures(resolution: int, n: int, *, seed: int = 0) -> np.ndarray:
   return (coarse.repeat(8, 1).repeat(8, 2) + noise).astype(np.uint8)
 
 
-def quantized(params: Params) -> Params:
-  """The matrices in int8, as the package's `quantize` makes them; on an accelerator they are rounded there and not on the host."""
+def quantized(params: Params, *, where_they_lie: bool | None = None) -> Params:
+  """The matrices in int8, as the package's `quantize` makes them on the host; or on the device, by default where that is an accelerator."""
+  if where_they_lie is None:
+    where_they_lie = jax.default_backend() != 'cpu'
   int8 = importlib.import_module(_QUANTIZATION)
 
   @functools.partial(jax.jit, static_argnums=1)
@@ -133,7 +135,7 @@ def quantized(params: Params) -> Params:
     axes = int8.contracted_axes(path[-1].key)
     if axes is None:
       return leaf
-    return int8.quantize(leaf, axes) if jax.default_backend() == 'cpu' else on_device(leaf, axes)
+    return on_device(leaf, axes) if where_they_lie else int8.quantize(leaf, axes)
 
   return jax.tree_util.tree_map_with_path(one, params)
 
