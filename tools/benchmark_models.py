@@ -39,7 +39,7 @@ class Sizes:
     transformer, vocabulary, vqgan: the networks.
     train: rows and their tokens of a training step.
     loss_chunks: pieces of a row in the loss.
-    scan_training: whether the layers of a training step are scanned.
+    scan_training: whether the layers of a training step are scanned, as the presets have it.
     prefill: tokens of the prompt that is filled in.
     prompt, new: tokens before and of the decoding that is timed.
     batches: rows of it.
@@ -52,7 +52,7 @@ class Sizes:
   vqgan: VQGANConfig
   train: tuple[int, int] = (2, 512)
   loss_chunks: int = 4
-  scan_training: bool = False
+  scan_training: bool = True
   prefill: int = 1024
   prompt: int = 64
   new: int = 64
