@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from chameleon_jax.array_types import Params
-from chameleon_jax.config import TransformerConfig, VocabularyConfig
+from chameleon_jax.config import TransformerConfig, VocabularyConfig, VQGANConfig
 from chameleon_jax.interop.huggingface.writer import write_huggingface
 from chameleon_jax.interop.lazy import LazyModel, TensorSource, TensorSpec
 from chameleon_jax.interop.trees import flat
@@ -27,12 +27,24 @@ def missing() -> str | None:
   return next((name for name in ('torch', 'transformers') if importlib.util.find_spec(name) is None), None)
 
 
-def write(folder: pathlib.Path, config: TransformerConfig, params: Params, vocabulary: VocabularyConfig) -> None:
-  """Writes the transformer alone as a float32 checkpoint for transformers, which fills in a picture encoder nobody calls."""
-  arrays = flat(unstack_layers(params) if config.scan_layers else params)
+def _source(params: Params) -> TensorSource:
+  arrays = flat(params)
   specs = {name: TensorSpec(tuple(array.shape), np.dtype(array.dtype)) for name, array in arrays.items()}
-  source = TensorSource(specs, lambda name: np.asarray(arrays[name]))
-  model = LazyModel('the benchmark model', 'orbax', transformer_config=config, transformer=source, vocabulary=vocabulary)
+  return TensorSource(specs, lambda name: np.asarray(arrays[name]))
+
+
+def write(
+  folder: pathlib.Path,
+  config: TransformerConfig,
+  params: Params,
+  vocabulary: VocabularyConfig,
+  *,
+  vqgan: tuple[VQGANConfig, Params] | None = None,
+) -> None:
+  """Writes a float32 checkpoint for transformers, which without `vqgan` fills in a picture encoder nobody calls."""
+  source = _source(unstack_layers(params) if config.scan_layers else params)
+  parts: dict[str, Any] = {} if vqgan is None else {'vqgan_config': vqgan[0], 'vqgan': _source(vqgan[1])}
+  model = LazyModel('the benchmark model', 'orbax', transformer_config=config, transformer=source, vocabulary=vocabulary, **parts)
   write_huggingface(folder, model, dtype='float32')
 
 

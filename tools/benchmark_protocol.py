@@ -1,6 +1,7 @@
-"""How the benchmarks measure and report: two things in turn, medians of pairwise ratios, one table.
+"""How the benchmarks measure and report: two things (or more) in turn, medians of pairwise ratios, one table.
 
     A B A B A B ..      ratio i = seconds of B i / seconds of A i;  reported: median (least .. most)
+    A B C A B C ..      the same for every pair of a round
 
 A machine's speed drifts, and a ratio of neighbours does not see it. Nothing that compiled counts: warm-up goes on until a run
 compiles nothing, and compilation is reported by itself. Knows no model.
@@ -8,6 +9,7 @@ compiles nothing, and compilation is reported by itself. Knows no model.
 
 import dataclasses
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -20,7 +22,13 @@ from typing import Any
 import jax
 from absl import app, flags
 
-BEGIN, END = '<!-- results: begin (written by the tool, not by hand) -->', '<!-- results: end -->'
+
+def markers(section: str) -> tuple[str, str]:
+  """The two lines of a page between which a tool writes."""
+  return f'<!-- {section}: begin (written by the tool, not by hand) -->', f'<!-- {section}: end -->'
+
+
+BEGIN, END = markers('results')
 MAX_LOAD = 0.7  # above it the clock measures the neighbours
 _COMPILED = '/jax/core/compile/backend_compile_duration'
 _FLAGS = ('amx_bf16', 'amx_int8', 'avx512_bf16', 'avx512_fp16', 'avx512f', 'avx2')
@@ -54,9 +62,21 @@ def asked(argv: Sequence[str], aims: Mapping[int, str]) -> tuple[list[int], Prot
   only = sorted({int(figure) for figure in values.only})
   if len(argv) > 1 or not set(only) <= set(aims):
     raise app.UsageError(f'--only takes figures out of {", ".join(map(str, aims))}; there are no further arguments')
-  if not values.quick and os.getloadavg()[0] > values.max_load:
-    raise app.UsageError(f'the load average is {os.getloadavg()[0]:.2f}; wait until it is below {values.max_load}, or raise --max_load')
+  if not values.quick:
+    refuse_if_busy(values.max_load)
   return only, Protocol(repetitions=2 if values.quick else values.repetitions)
+
+
+def refuse_if_busy(max_load: float) -> None:
+  """Raises UsageError on a machine whose load average is above `max_load`."""
+  load = os.getloadavg()[0]
+  if load > max_load:
+    raise app.UsageError(f'the load average is {load:.2f}; wait until it is below {max_load}, or raise --max_load')
+
+
+def importable(*names: str) -> bool:
+  """Whether all these libraries are installed; nothing is imported."""
+  return all(importlib.util.find_spec(name) is not None for name in names)
 
 
 class CompileClock:
@@ -124,18 +144,87 @@ def alternate(first: Callable[[], object], second: Callable[[], object], protoco
 
 
 @dataclasses.dataclass(frozen=True)
+class Contestant:
+  """One of several that do the same work.
+
+  Attributes:
+    name: of its times.
+    run: what is timed; takes what `prepare` gave and returns when its results are on the host.
+    prepare: runs before each `run`, beside the clock.
+  """
+
+  name: str
+  run: Callable[[Any], object]
+  prepare: Callable[[], Any] = lambda: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Race:
+  """What `race` saw.
+
+  Attributes:
+    seconds: contestant -> seconds of each of its timed runs, in rounds.
+    compile_s: seconds of compilation during warm-up.
+    compiled_meanwhile: programs compiled during timed runs; anything but 0 spoils them.
+    load: load average at the start and at the end.
+  """
+
+  seconds: dict[str, tuple[float, ...]]
+  compile_s: float
+  compiled_meanwhile: int
+  load: tuple[float, float]
+
+  def ratios(self, ours: str, peer: str) -> list[float]:
+    """Seconds of the peer over ours, round by round."""
+    return [theirs / mine for mine, theirs in zip(self.seconds[ours], self.seconds[peer])]
+
+  def median(self, name: str) -> float:
+    """Seconds of a contestant."""
+    return statistics.median(self.seconds[name])
+
+  def fastest(self, names: Iterable[str]) -> str:
+    """Of some of the contestants."""
+    return min(names, key=self.median)
+
+  def record(self) -> dict[str, Any]:
+    """For JSON: every reading."""
+    return dataclasses.asdict(self) | {'median_s': {name: self.median(name) for name in self.seconds}}
+
+
+def race(contestants: Sequence[Contestant], protocol: Protocol, clock: CompileClock) -> Race:
+  """Runs all in turn, round after round; each warms up until it compiles nothing."""
+  load, before = os.getloadavg()[0], clock.seconds
+  for contestant in contestants:
+    for turn in range(protocol.most_warm_ups):
+      programs = clock.programs
+      contestant.run(contestant.prepare())
+      if turn + 1 >= protocol.warm_ups and clock.programs == programs:
+        break
+  compile_s, programs = clock.seconds - before, clock.programs
+  seconds: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+  for _ in range(protocol.repetitions):
+    for contestant in contestants:
+      prepared = contestant.prepare()
+      start = time.perf_counter()
+      contestant.run(prepared)
+      seconds[contestant.name].append(time.perf_counter() - start)
+  times = {name: tuple(readings) for name, readings in seconds.items()}
+  return Race(times, compile_s, clock.programs - programs, (load, os.getloadavg()[0]))
+
+
+@dataclasses.dataclass(frozen=True)
 class Row:
   """One line of the table.
 
   Attributes:
-    figure: its number in the table of aims.
+    figure: its number in the table of aims, or the name of its case.
     model: what was measured.
     what, aim, value: cells.
     reached: None where it was not measured, or has no aim.
     details: everything behind the cell, for JSON.
   """
 
-  figure: int
+  figure: int | str
   model: str
   what: str
   aim: str
@@ -194,14 +283,15 @@ def write_json(path: pathlib.Path, rows: Sequence[Row], where: dict[str, Any]) -
   write_aside(path, json.dumps({'machine': where, 'rows': [dataclasses.asdict(row) for row in rows]}, indent=2) + '\n')
 
 
-def write_page(path: pathlib.Path, table: str) -> None:
-  """Puts the table between the two marker lines of a page.
+def write_page(path: pathlib.Path, table: str, section: str = 'results') -> None:
+  """Puts the table between the two marker lines of a section of a page.
 
   Raises:
     ValueError: the page lacks a marker line, or has it twice.
   """
+  begin, end = markers(section)
   text = path.read_text(encoding='utf-8')
-  if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-    raise ValueError(f'{path} must hold the lines {BEGIN!r} and {END!r} once, in this order')
-  head, rest = text.split(BEGIN)
-  write_aside(path, f'{head}{BEGIN}\n\n{table}\n{END}{rest.split(END)[1]}')
+  if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+    raise ValueError(f'{path} must hold the lines {begin!r} and {end!r} once, in this order')
+  head, rest = text.split(begin)
+  write_aside(path, f'{head}{begin}\n\n{table}\n{end}{rest.split(end)[1]}')
