@@ -47,6 +47,17 @@ def types_unchecked():
   jaxtyping.config.update('jaxtyping_disable', False)
 
 
+@pytest.fixture
+def optimised_programs():
+  """For a test of how rounding adds up: new jitted functions are compiled as users have them."""
+  import jax
+
+  before = jax.config.read('jax_disable_most_optimizations')
+  jax.config.update('jax_disable_most_optimizations', False)
+  yield
+  jax.config.update('jax_disable_most_optimizations', before)
+
+
 @pytest.fixture(scope='session')
 def tiny_model_folder(tmp_path_factory) -> pathlib.Path:
   """A model folder with random weights and all parts: 16 codes a picture, a vocabulary with room for all bytes."""

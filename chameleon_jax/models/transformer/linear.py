@@ -21,7 +21,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from chameleon_jax.array_types import Array
 from chameleon_jax.config import Dtype
 from chameleon_jax.models.transformer.quantization import QuantizedKernel
-from chameleon_jax.partitioning import target_platform
+from chameleon_jax.partitioning import on_one_cpu
 
 PROJECTION = 'projection'  # name of every result of `linear` for rematerialisation policies
 _UNROLLED = 8  # terms of a partial sum of `few_rows`: more, and XLA converts the whole kernel beforehand
@@ -77,16 +77,10 @@ def _contract(ndim: int, dims: int) -> lax.DotDimensionNumbers:
   return (tuple(range(ndim - dims, ndim)), tuple(range(dims))), ((), ())
 
 
-def _on_one_cpu() -> bool:
-  """Whether this trace is for a single CPU device, where the layout of an operand decides the speed."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return target_platform() == 'cpu' and (mesh.empty or mesh.size == 1)
-
-
 def _product(x: Array, kernel: Array, dims: int) -> Array:
   """float32 [..., outputs] of `x` and a kernel whose values the type of `x` holds exactly."""
   contracted, most = math.prod(kernel.shape[:dims]), _FEW.get(kernel.dtype.name, 0)
-  if math.prod(x.shape[:-dims]) <= most and contracted % _UNROLLED == 0 and _on_one_cpu():
+  if math.prod(x.shape[:-dims]) <= most and contracted % _UNROLLED == 0 and on_one_cpu():
     return few_rows(x, kernel, dims)
   return lax.dot_general(x, kernel.astype(x.dtype), _contract(x.ndim, dims), preferred_element_type=jnp.float32)
 
@@ -120,7 +114,7 @@ def _weight_gradient(x: Array, dy: Array, dims: int, n_outputs: int) -> Array:
   Asking for `x^T` in the layout of a stored matrix brings it back: 220 instead of 130 GFLOP/s on two cores.
   """
   lead = x.ndim - dims
-  if not _on_one_cpu():
+  if not on_one_cpu():
     axes = tuple(range(lead))
     return lax.dot_general(x, dy, ((axes, axes), ((), ())), preferred_element_type=jnp.float32)
   rows = x.reshape(-1, math.prod(x.shape[lead:]))
