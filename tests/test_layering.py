@@ -61,7 +61,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     'array_record': ('data',),
     'tensorflow_datasets': ('data.sources.tfds',),
     'apache_beam': ('data.tokenize_beam',),
-    'orbax': ('training.checkpoint',),
+    'orbax': ('training.checkpoint', 'training.tree_files'),
     'absl.flags': ('cli',),
     'absl.app': ('cli',),
     'ml_collections': ('cli',),

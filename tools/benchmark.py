@@ -43,8 +43,8 @@ def ceilings_of(sizes: Sizes) -> benchmark_machine.Ceilings:
   return benchmark_machine.measure()
 
 
-def measure(cases: Sequence[str], bench: Bench) -> list[Row]:
-  """The rows of the table, case by case."""
+def measure(cases: Sequence[str], bench: Bench, on_case: Callable[[list[Row]], None]) -> None:
+  """Measures case by case; `on_case` gets all rows so far after each."""
   sizes = bench.subject.sizes
   rows: list[Row] = []
   given: list[benchmark_pictures.Pictures] = []
@@ -74,7 +74,7 @@ def measure(cases: Sequence[str], bench: Bench) -> list[Row]:
       rows.append(row)
       print(f'{row.figure}, {row.model}: {row.what}: {row.value}', file=sys.stderr, flush=True)
     print(f'  {case} took {time.perf_counter() - begun:.0f} s, load average {os.getloadavg()[0]:.2f}', file=sys.stderr, flush=True)
-  return rows
+    on_case(rows)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -88,19 +88,25 @@ def main(argv: Sequence[str]) -> None:
   where['ceilings'] = ceilings.details
   protocol = Protocol(warm_ups=1, repetitions=FLAGS.repetitions)
   bench, folder = benchmark_transformer.bench_in(Subject.random(sizes), protocol, ceilings, CompileClock())
+
+  def write(rows: list[Row]) -> str:
+    """The table so far; a run that is stopped has recorded the cases before."""
+    where['load_at_end'] = round(os.getloadavg()[0], 2)
+    table = markdown(rows, where, shlex.join(['python', 'tools/benchmark.py', *sys.argv[1:]])) + ceilings.line() + '\n'
+    table += f'Load average {where["load_at_end"]} at the end.\n'
+    if FLAGS.output:
+      write_json(pathlib.Path(FLAGS.output), rows, where)
+    if FLAGS.page:
+      write_page(pathlib.Path(FLAGS.page), table, SECTION)
+    return table
+
+  tables = ['']
   with folder:
-    rows = measure(cases, bench)
+    measure(cases, bench, lambda rows: tables.append(write(rows)))
     if FLAGS.curves:
       output = pathlib.Path(FLAGS.curves)
       print(benchmark_curves.write(bench.subject, ceilings, protocol, bench.clock, output=output, where=where))
-  where['load_at_end'] = round(os.getloadavg()[0], 2)
-  table = markdown(rows, where, shlex.join(['python', 'tools/benchmark.py', *sys.argv[1:]])) + ceilings.line() + '\n'
-  table += f'Load average {where["load_at_end"]} at the end.\n'
-  print(table)
-  if FLAGS.output:
-    write_json(pathlib.Path(FLAGS.output), rows, where)
-  if FLAGS.page:
-    write_page(pathlib.Path(FLAGS.page), table, SECTION)
+  print(tables[-1])
 
 
 if __name__ == '__main__':

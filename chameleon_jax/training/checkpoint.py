@@ -1,4 +1,4 @@
-"""Checkpoints of a run, and plain parameter trees on disk.
+"""Checkpoints of a run.
 
 A checkpoint holds the train state, the position of the input pipeline and the resolved config, saved as one
 step, so that none of them can be newer than the others. Steps appear under their final name only when they
@@ -7,23 +7,19 @@ share of the files, by which a step that was damaged later is told apart and pas
 
 The position is what the iterators of all hosts say together, in one JSON file, so another number of hosts can read it.
 Does not know what is in the state, the position or the config. Built on Orbax's `CheckpointManager` (the stable v0
-interface), which is fenced into this file.
+interface), which is fenced into this file and `tree_files.py`.
 """
 
 import contextlib
 import dataclasses
 import json
-import logging
-import math
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
@@ -32,32 +28,12 @@ from chameleon_jax.config import CheckpointConfig
 from chameleon_jax.errors import ChameleonError, CheckpointError
 from chameleon_jax.training import integrity
 from chameleon_jax.training.agreement import gather, joined_state
+from chameleon_jax.training.tree_files import check_same_shapes, metadata_of, one_line, quiet_orbax
 
 FORMAT = 'chameleon_jax.checkpoint.1'  # marks our checkpoints, so that a foreign one is told apart
 
-_BYTES_AT_ONCE = 1 << 27  # of a tree read into host memory
 _STATE, _POSITION, _CONFIG = 'state', 'position', 'config'
 _OLD_POSITION = Path('iterator') / 'process_0-of-1.json'  # of checkpoints from before data shards, written on one host
-
-
-def _one_line(error: BaseException) -> str:
-  """The first line that says something: a full disk before everything else."""
-  text = ' '.join(str(error).split())
-  if 'No space left' in text or 'RESOURCE_EXHAUSTED' in text or 'Errno 28' in text:
-    return 'the disk is full'
-  return text[:300] or type(error).__name__
-
-
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[None]:
-  """Keeps Orbax's tracebacks of a failed background save off the screen; the error itself is raised."""
-  logger = logging.getLogger('absl')
-  level = logger.level
-  logger.setLevel(logging.CRITICAL)
-  try:
-    yield
-  finally:
-    logger.setLevel(level)
 
 
 class Checkpoints:
@@ -78,7 +54,7 @@ class Checkpoints:
     try:
       if not read_only:
         self.directory.mkdir(parents=True, exist_ok=True)
-      with _quiet_orbax():
+      with quiet_orbax():
         options = ocp.CheckpointManagerOptions(
             max_to_keep=config.keep_last, keep_period=config.keep_every, enable_async_checkpointing=config.asynchronous
         )
@@ -86,7 +62,7 @@ class Checkpoints:
           options = ocp.CheckpointManagerOptions(read_only=True)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
     except (OSError, ValueError) as error:
-      raise CheckpointError(f'cannot use {self.directory} for checkpoints: {_one_line(error)}') from error
+      raise CheckpointError(f'cannot use {self.directory} for checkpoints: {one_line(error)}') from error
 
   def __enter__(self) -> 'Checkpoints':
     return self
@@ -195,7 +171,7 @@ class Checkpoints:
       if iterator is not None:
         iterator.set_state(self._position(step))
       with ocp.PyTreeCheckpointer() as checkpointer:
-        _check_same_shapes(f'checkpoint {path}', _metadata(checkpointer, path / _STATE), abstract)
+        check_same_shapes(f'checkpoint {path}', metadata_of(checkpointer, path / _STATE), abstract)
       return self._manager.restore(step, args=ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract)}))[_STATE]
 
   def _position(self, step: int) -> dict[str, Any]:
@@ -278,128 +254,12 @@ class Checkpoints:
   @contextlib.contextmanager
   def _errors(self, doing: str) -> Iterator[None]:
     try:
-      with _quiet_orbax():
+      with quiet_orbax():
         yield
     except ChameleonError:
       raise
     except Exception as error:  # Orbax raises OSError, ValueError, KeyError, XlaRuntimeError and its own
-      raise CheckpointError(f'{doing} in {self.directory} failed: {_one_line(error)}') from error
-
-
-def save_tree(path: str | os.PathLike, tree: PyTree, *, compress: bool = True) -> None:
-  """Writes a tree of arrays as the directory `path`, replacing it.
-
-  The tree is written beside `path` and moved into place, so `path` is always the old tree or the new one. Orbax holds one copy of it in
-  memory, and the compressed form as well; without `compress` the directory is a fifth larger for bfloat16, and written twice as fast.
-  The arrays are this host's own (numpy, or on its devices); of several hosts only the one that calls it takes part.
-
-  Raises:
-    CheckpointError: it cannot be written; what was at `path` is still there.
-  """
-  path = Path(path).absolute()
-  aside, old = path.with_name(f'.{path.name}.writing'), path.with_name(f'.{path.name}.old')
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in (aside, old):
-      shutil.rmtree(leftover, ignore_errors=True)
-    with _quiet_orbax(), _tree_checkpointer(use_compression=compress) as checkpointer:
-      checkpointer.save(aside / 'tree', tree)
-    (aside / 'tree' / 'commit_success.txt').unlink(missing_ok=True)  # names the folder it was written in; the rename below is our commit
-    if path.exists():
-      path.rename(old)
-    (aside / 'tree').rename(path)
-    shutil.rmtree(old, ignore_errors=True)
-  except Exception as error:
-    if old.exists() and not path.exists():
-      old.rename(path)
-    raise CheckpointError(f'cannot write {path}: {_one_line(error)}') from error
-  finally:
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def load_tree(path: str | os.PathLike, abstract: PyTree = None) -> PyTree:
-  """Reads what `save_tree` wrote.
-
-  Args:
-    path: the directory.
-    abstract: tree of `jax.ShapeDtypeStruct`, with shardings where arrays should be laid out at once; shapes
-      must agree, types are converted. None returns numpy arrays as they were saved.
-
-  Raises:
-    CheckpointError: missing, damaged, or of other shapes or names.
-  """
-  path = Path(path).absolute()
-  if not path.is_dir():
-    raise CheckpointError(f'no saved parameters at {path}')
-  try:
-    with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
-      metadata = _metadata(checkpointer, path)
-      if abstract is None:
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
-        # Else all arrays are read at once, with buffers of the file system for each.
-        largest = max((leaf.dtype.itemsize * math.prod(leaf.shape) for leaf in jax.tree.leaves(metadata)), default=0)
-        with _tree_checkpointer(restore_concurrent_gb=max(largest, _BYTES_AT_ONCE) / 1e9 + 0.001) as bounded:
-          return bounded.restore(path, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-      _check_same_shapes(f'the parameters at {path}', metadata, abstract)
-      restore_args = ocp.checkpoint_utils.construct_restore_args(abstract)
-      return checkpointer.restore(path, args=ocp.args.PyTreeRestore(abstract, restore_args=restore_args))
-  except CheckpointError:
-    raise
-  except Exception as error:
-    raise CheckpointError(f'cannot read the parameters at {path}: {_one_line(error)}') from error
-
-
-def describe_tree(path: str | os.PathLike) -> PyTree:
-  """Shapes and types of what `save_tree` wrote, as a tree of `jax.ShapeDtypeStruct`; reads no array.
-
-  Raises:
-    CheckpointError: missing or damaged.
-  """
-  path = Path(path).absolute()
-  if not path.is_dir():
-    raise CheckpointError(f'no saved parameters at {path}')
-  try:
-    with _quiet_orbax(), ocp.PyTreeCheckpointer() as checkpointer:
-      return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(tuple(leaf.shape), leaf.dtype), _metadata(checkpointer, path))
-  except CheckpointError:
-    raise
-  except Exception as error:
-    raise CheckpointError(f'cannot read the parameters at {path}: {_one_line(error)}') from error
-
-
-def _tree_checkpointer(**options: Any) -> ocp.Checkpointer:
-  """For this host alone: Orbax would otherwise wait for all others to save the same tree."""
-  alone = ocp.options.MultiprocessingOptions()
-  if jax.process_count() > 1:
-    mine = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=f'host{mine}')
-  return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(multiprocessing_options=alone, **options), multiprocessing_options=alone)
-
-
-def _metadata(checkpointer: ocp.PyTreeCheckpointer, path: Path) -> PyTree:
-  """Tree of saved shapes and types."""
-  metadata = checkpointer.metadata(path).item_metadata
-  if metadata is None:
-    raise CheckpointError(f'{path} holds no saved arrays, or they are damaged')
-  return metadata.tree
-
-
-def _check_same_shapes(what: str, saved: PyTree, wanted: PyTree) -> None:
-  """Raises CheckpointError naming the first leaf that only one side has or whose shapes differ."""
-
-  def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    arrays = [(key, leaf) for key, leaf in leaves if getattr(leaf, 'shape', None) is not None]
-    return {jax.tree_util.keystr(key, simple=True, separator='/'): tuple(leaf.shape) for key, leaf in arrays}
-
-  here, there = shapes(saved), shapes(wanted)
-  for name in sorted(here.keys() | there.keys(), key=lambda name: (not name.startswith('params'), name)):
-    if name not in here:
-      raise CheckpointError(f'{what} has no {name!r}, which the config asks for')
-    if name not in there:
-      raise CheckpointError(f'{what} holds {name!r}, which the config does not ask for')
-    if here[name] != there[name]:
-      raise CheckpointError(f'{name!r} has shape {here[name]} in {what}, the config wants {there[name]}')
+      raise CheckpointError(f'{doing} in {self.directory} failed: {one_line(error)}') from error
 
 
 def resolved(config: Any) -> dict[str, Any]:

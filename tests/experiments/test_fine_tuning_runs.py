@@ -20,8 +20,9 @@ from chameleon_jax.interop.native.adapter import load_adapter
 from chameleon_jax.interop.opening import open_checkpoint
 from chameleon_jax.tokens.document import Codes, Document, Text
 from chameleon_jax.training import lora
-from chameleon_jax.training.checkpoint import Checkpoints, describe_tree
+from chameleon_jax.training.checkpoint import Checkpoints
 from chameleon_jax.training.loop import train
+from chameleon_jax.training.tree_files import describe_tree
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 BASE = ROOT / 'tests' / 'golden' / 'models' / 'meta_7b_like'

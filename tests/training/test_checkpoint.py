@@ -15,7 +15,8 @@ import pytest
 from chameleon_jax.config import CheckpointConfig, MeshConfig
 from chameleon_jax.errors import CheckpointError
 from chameleon_jax.training import agreement
-from chameleon_jax.training.checkpoint import Checkpoints, load_tree, resolved, save_tree
+from chameleon_jax.training.checkpoint import Checkpoints, resolved
+from chameleon_jax.training.tree_files import load_tree, save_tree
 
 STATE = {'params': {'kernel': jnp.arange(6.0).reshape(2, 3), 'half': jnp.ones(4, jnp.bfloat16)}, 'step': jnp.int32(3)}
 

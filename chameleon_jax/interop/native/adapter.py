@@ -28,8 +28,8 @@ from chameleon_jax.interop.mapping import transformer_specs
 from chameleon_jax.interop.native.checksums import check_files, read_checksums, write_checksums
 from chameleon_jax.interop.staging import staged
 from chameleon_jax.interop.trees import flat, nested
-from chameleon_jax.training.checkpoint import load_tree, save_tree
 from chameleon_jax.training.lora import TARGETS, added, pair_shapes
+from chameleon_jax.training.tree_files import load_tree, save_tree
 
 FILE = 'adapter.json'
 FORMAT, VERSION = 'chameleon_jax.adapter', 1

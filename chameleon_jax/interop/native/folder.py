@@ -49,7 +49,7 @@ from chameleon_jax.models.vqgan.model import VQGAN
 from chameleon_jax.partitioning import fetch
 from chameleon_jax.tokens.text import TextTokenizer
 from chameleon_jax.tokens.vocabulary import Vocabulary
-from chameleon_jax.training.checkpoint import load_tree, save_tree
+from chameleon_jax.training.tree_files import load_tree, save_tree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ from chameleon_jax.interop.native.files import (
 )
 from chameleon_jax.interop.native.folder import ModelParts, check_fit
 from chameleon_jax.interop.trees import check_groups, check_n_layers, check_shapes, flat, group_shapes, nested, stored_vqgan_shapes
-from chameleon_jax.training.checkpoint import describe_tree, load_tree, save_tree
+from chameleon_jax.training.tree_files import describe_tree, load_tree, save_tree
 
 _FILES = pathlib.Path('origin', 'files')
 _EXTRAS = pathlib.Path('origin', 'extras.safetensors')

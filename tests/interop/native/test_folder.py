@@ -17,7 +17,7 @@ from chameleon_jax.interop import native
 from chameleon_jax.interop.opening import open_checkpoint
 from chameleon_jax.models.transformer.model import stack_layers, unstack_layers
 from chameleon_jax.tokens.text_json import JsonText
-from chameleon_jax.training.checkpoint import load_tree, save_tree
+from chameleon_jax.training.tree_files import load_tree, save_tree
 
 TOKENIZER = pathlib.Path(__file__).parents[2] / 'golden' / 'tokenizer' / 'text_tokenizer.json'
 

@@ -17,7 +17,7 @@ from chameleon_jax.interop.mapping import transformer_specs, vqgan_specs
 from chameleon_jax.interop.native import lazy as native_lazy
 from chameleon_jax.interop.trees import flat, nested
 from chameleon_jax.models.transformer.model import stack_layers
-from chameleon_jax.training.checkpoint import save_tree
+from chameleon_jax.training.tree_files import save_tree
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
