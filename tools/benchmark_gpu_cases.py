@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from benchmark_machine import Ceilings
-from benchmark_models import pictures, tiny, transformer_params
+from benchmark_models import pictures, tiny, training_flops, transformer_params
 from benchmark_pictures import ROUNDED, Pictures
 from benchmark_protocol import CompileClock, Contestant, Protocol, Row, race
 
@@ -29,7 +29,6 @@ from chameleon_jax.models.transformer import attention
 from chameleon_jax.models.transformer.model import Transformer, stack_layers
 from chameleon_jax.models.vqgan import model as vqgan
 from chameleon_jax.partitioning import make_mesh
-from chameleon_jax.planning.speed import model_flops
 from chameleon_jax.training.optimizer import make_optimizer
 from chameleon_jax.training.state import init_state
 from chameleon_jax.training.step import make_train_step
@@ -246,7 +245,7 @@ def train(work: Work) -> Iterator[Row]:
     finally:
       trainer = None  # type: ignore[assignment]  # its memory
     rate = rows * length / seconds
-    flops = model_flops(model, length) * rate
+    flops = training_flops(model, length) * rate
     share = flops / work.ceilings.flops['bfloat16']
     value = f'{flops / PEAK:.1%} MFU (causal count, of 989 TFLOP/s), {share:.1%} of the measured product: {rate:,.0f} tokens/s'
     yield work.row(

@@ -21,6 +21,7 @@ from chameleon_jax.array_types import Params
 from chameleon_jax.config import Dtype, TransformerConfig, VocabularyConfig, VQGANConfig
 from chameleon_jax.interop.native import abstract_transformer, abstract_vqgan
 from chameleon_jax.models.transformer.model import decoding_params
+from chameleon_jax.planning.speed import attention_flops, matmul_weights
 from chameleon_jax.sampling.engine import Engine
 from chameleon_jax.tokens.vocabulary import Vocabulary
 from chameleon_jax.training.state import unboxed
@@ -81,6 +82,11 @@ def tiny() -> Sizes:
 
 
 SIZES: dict[str, Callable[[], Sizes]] = {'small': small, 'tiny': tiny}
+
+
+def training_flops(config: TransformerConfig, length: int) -> float:
+  """FLOPs of one token of a row of `length` in training, forward and backward, all weights trained, attention causal."""
+  return 6 * sum(matmul_weights(config)) + 3 * attention_flops(config, length)
 
 
 def transformer_params(config: TransformerConfig, *, seed: int = 0) -> Params:

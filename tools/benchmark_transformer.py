@@ -17,13 +17,13 @@ import benchmark_torch
 import jax
 import numpy as np
 from benchmark_machine import Ceilings
-from benchmark_models import WAYS, Subject
+from benchmark_models import WAYS, Subject, training_flops
 from benchmark_protocol import CompileClock, Contestant, Protocol, Race, Row, importable, race, spread
 
 from chameleon_jax.config import DataConfig, Dtype, MeshConfig, OptimizerConfig, SamplingOptions, TrainConfig, TransformerConfig
 from chameleon_jax.models.transformer.model import Transformer, stack_layers
 from chameleon_jax.partitioning import make_mesh
-from chameleon_jax.planning.speed import matmul_weights, model_flops
+from chameleon_jax.planning.speed import attention_flops, matmul_weights
 from chameleon_jax.training.optimizer import make_optimizer
 from chameleon_jax.training.state import init_state
 from chameleon_jax.training.step import make_train_step
@@ -144,7 +144,7 @@ def train(bench: Bench) -> list[Row]:
   text = subject.text(rows, length + 1)
   tokens, targets = text[:, :-1], text[:, 1:]
   ours = {way: OurTrainer(subject, way) for way in ('float32', 'bfloat16')}  # type: ignore[arg-type]
-  flops = model_flops(subject.sizes.transformer, length) * rows * length
+  flops = training_flops(subject.sizes.transformer, length) * rows * length
 
   def share(seen: Race) -> str:
     return f'; {flops / seen.median("ours bfloat16") / bench.ceilings.flops["bfloat16"]:.0%} of the bfloat16 product'
@@ -238,7 +238,7 @@ def last_logits(config: TransformerConfig, params: Any, *, all_positions: bool =
 def prefill_flops(config: TransformerConfig, length: int) -> float:
   """Of a prompt whose last position alone is projected, attention causal."""
   layers, head = matmul_weights(config)
-  return length * (2 * layers + (model_flops(config, length) - 6 * (layers + head)) / 3) + 2 * head
+  return length * (2 * layers + attention_flops(config, length)) + 2 * head
 
 
 def rounded_off(subject: Subject, way: str, tokens: np.ndarray) -> str | None:

@@ -93,7 +93,7 @@ def matmul_weights(config: TransformerConfig) -> tuple[int, int]:
   return config.n_layers * (attention + 3 * config.d_model * config.d_ff), config.d_model * config.vocab_size
 
 
-def _attention_flops(config: TransformerConfig, seq_len: int) -> float:
+def attention_flops(config: TransformerConfig, seq_len: int) -> float:
   """Of one token, forward: two products over half the row on average."""
   return config.n_layers * 2 * 2 * config.n_heads * config.d_head * seq_len / 2
 
@@ -104,7 +104,7 @@ def model_flops(config: TrainConfig) -> float:
   weights = layers + head + trains.thin
   gradients = trains.layers + trains.head + trains.thin
   through = (weights if trains.below else 0) + gradients
-  attention = _attention_flops(config.model, config.data.seq_len)
+  attention = attention_flops(config.model, config.data.seq_len)
   return 2 * weights + 2 * through + (3 if trains.below else 1) * attention
 
 
@@ -112,7 +112,7 @@ def executed_flops(config: TrainConfig) -> float:
   """FLOPs of one token as the program runs them: recomputed layers, logits and attention weights counted."""
   (layers, head), trains = matmul_weights(config.model), trained_weights(config)
   again = 2.0 * head if config.loss_chunks > 1 else 0.0
-  score = _attention_flops(config.model, config.data.seq_len) / 2  # one product
+  score = attention_flops(config.model, config.data.seq_len) / 2  # one product
   if trains.below:
     again += 2 * layers + 2 * score if config.model.remat == 'full' else 0.0
     again += score  # the scores, in the backward pass

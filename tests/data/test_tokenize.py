@@ -149,7 +149,7 @@ def test_a_finished_shard_is_done_once_and_a_damaged_one_again(parts, tmp_path, 
   path = tmp_path / report.file
   data = path.read_bytes()
   assert finished(job, 1) == report
-  monkeypatch.setattr(tokenize, '_writer', lambda path: pytest.fail('a finished shard was begun again'))
+  monkeypatch.setattr(tokenize, 'open_writer', lambda path: pytest.fail('a finished shard was begun again'))
   assert work.shard(1) == report
   monkeypatch.undo()
   monkeypatch.setitem(registry.SOURCES, 'mixed', lambda split, codes: Mixed())
