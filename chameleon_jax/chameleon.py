@@ -29,7 +29,7 @@ from chameleon_jax.data.encode import Encoder, make_encoder
 from chameleon_jax.errors import ChameleonError, CheckpointError
 from chameleon_jax.interop.native import ModelParts, make_vocabulary
 from chameleon_jax.interop.native.adapter import with_adapter
-from chameleon_jax.interop.opening import check_quantization, load_parts, open_checkpoint
+from chameleon_jax.interop.opening import load_parts, open_checkpoint
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.models.vqgan import model as vqgan
 from chameleon_jax.sampling.engine import Engine
@@ -97,7 +97,6 @@ class Chameleon:
       CheckpointError: the folder is missing, foreign or damaged.
       ConfigError: there is no such quantization.
     """
-    check_quantization(quantization)
     folder = pathlib.Path(path)
     if not folder.exists():
       folder = shipped_path(str(path)) or folder

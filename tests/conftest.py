@@ -1,32 +1,24 @@
 """Set-up of every test run: eight CPU devices, compiled programs kept between runs and barely optimised, shapes and types checked.
 
-All of it must happen before jax starts, so nothing of the package is imported here.
+All of it must happen before jax starts, so nothing of the package is imported here but what says where programs are kept.
 """
 
-import hashlib
 import os
 import pathlib
 import sys
 import types
 
-
-def _compilation_cache() -> str:
-  """A folder of the user's own cache, apart per machine type: compiled CPU programs do not travel."""
-  base = pathlib.Path(os.environ.get('XDG_CACHE_HOME', pathlib.Path.home() / '.cache'))
-  cpu = pathlib.Path('/proc/cpuinfo')
-  lines = [line for line in cpu.read_text().splitlines() if line.startswith(('flags', 'Features', 'model name'))] if cpu.exists() else []
-  machine = hashlib.sha256('\n'.join(sorted(set(lines))).encode()).hexdigest()[:12]
-  return str(base / 'chameleon_jax' / f'compiled-{machine}')
-
-
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count=8'.strip()
 # XLA sizes its thread pool by this; with fewer than two threads a device, un-waited collective steps deadlock.
 os.environ.setdefault('NPROC', '32')
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _compilation_cache())
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 # Tiny programs take longer to optimise than to run. With 0 the tests run the programs that users do.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+
+from chameleon_jax.cli.compiled import keep_compiled_programs  # noqa: E402
+
+keep_compiled_programs()
 
 import beartype  # noqa: E402
 import jaxtyping  # noqa: E402

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from benchmark_decoding import greedy, rest
 from benchmark_gpu_cases import GpuSizes, Work, device_params, parts, vocabulary_of
-from benchmark_models import WAYS, Sizes, Subject
+from benchmark_models import Sizes, Subject
 from benchmark_protocol import Contestant, Row, importable, race, spread
 from benchmark_torch_plain import PlainDecoder
 from benchmark_transformer import first_token, last_logits, logits_program, prefill_flops, submitted
@@ -76,9 +76,6 @@ def sample(work: Work, subject: Subject | None = None) -> Iterator[Row]:
 
 def decode_one(work: Work, subject: Subject, way: str) -> Iterator[Row]:
   sizes, case = work.sizes, 'decode, batch 1'
-  if way not in WAYS:
-    yield work.row(case, f'{way} weights', '>= 350 tokens/s', f'left out: the sampler of this tree has no {way}', None)
-    return
   prompt = subject.text(1, sizes.short)
   seconds, details = work.seconds(rest, lambda: first_token(submitted(subject, way, prompt, sizes.new + 1)))
   rate = sizes.new / seconds

@@ -6,29 +6,24 @@ takes part in every case of the sampler.
 
 import dataclasses
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from chameleon_jax import presets
 from chameleon_jax.array_types import Params
 from chameleon_jax.config import Dtype, TransformerConfig, VocabularyConfig, VQGANConfig
 from chameleon_jax.interop.native import abstract_transformer, abstract_vqgan
-from chameleon_jax.models.transformer.model import decoding_params
+from chameleon_jax.models.transformer.model import decoding_params, dequantize_params, quantize_params
 from chameleon_jax.planning.speed import attention_flops, matmul_weights
 from chameleon_jax.sampling.engine import Engine
 from chameleon_jax.tokens.vocabulary import Vocabulary
 from chameleon_jax.training.state import unboxed
 
-_QUANTIZATION = 'chameleon_jax.models.transformer.quantization'
-HAS_INT8 = importlib.util.find_spec(_QUANTIZATION) is not None
-WAYS: tuple[str, ...] = ('float32', 'bfloat16', 'int8') if HAS_INT8 else ('float32', 'bfloat16')  # int8: weights alone, the rest bfloat16
+WAYS: tuple[str, ...] = ('float32', 'bfloat16', 'int8')  # int8: weights alone, the rest bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,39 +118,6 @@ def pictures(resolution: int, n: int, *, seed: int = 0) -> np.ndarray:
   return (coarse.repeat(8, 1).repeat(8, 2) + noise).astype(np.uint8)
 
 
-def quantized(params: Params, *, where_they_lie: bool | None = None) -> Params:
-  """The matrices in int8, as the package's `quantize` makes them on the host; or on the device, by default where that is an accelerator."""
-  if where_they_lie is None:
-    where_they_lie = jax.default_backend() != 'cpu'
-  int8 = importlib.import_module(_QUANTIZATION)
-
-  @functools.partial(jax.jit, static_argnums=1)
-  def on_device(weights: Any, axes: tuple[int, ...]) -> Any:
-    wide = weights.astype(jnp.float32)
-    largest = jnp.max(jnp.abs(wide), axis=axes, keepdims=True)
-    scale = jnp.where(largest > 0, largest / int8.LEVELS, 1.0)
-    values = jnp.clip(jnp.round(wide / scale), -int8.LEVELS, int8.LEVELS).astype(jnp.int8)
-    return int8.QuantizedKernel(values, jnp.squeeze(scale, axes))
-
-  def one(path: Any, leaf: Any) -> Any:
-    axes = int8.contracted_axes(path[-1].key)
-    if axes is None:
-      return leaf
-    return on_device(leaf, axes) if where_they_lie else int8.quantize(leaf, axes)
-
-  return jax.tree_util.tree_map_with_path(one, params)
-
-
-def restored(params: Params) -> Params:
-  """The float32 weights that quantized ones stand for."""
-  int8 = importlib.import_module(_QUANTIZATION)
-
-  def one(path: Any, leaf: Any) -> Any:
-    return int8.dequantize(leaf, int8.contracted_axes(path[-1].key)) if int8.is_quantized(leaf) else leaf
-
-  return jax.tree_util.tree_map_with_path(one, params, is_leaf=int8.is_quantized)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subject:
   """The transformer of one size with its weights."""
@@ -192,11 +154,11 @@ class Subject:
     """Config and parameters of one of `WAYS`, one array a layer on the device, as the sampler takes them."""
     dtype: Dtype = 'float32' if name == 'float32' else 'bfloat16'
     config = self.sizes.transformer_in(dtype)
-    return config, decoding_params(quantized(self.params) if name == 'int8' else self.params, config)
+    return config, decoding_params(quantize_params(self.params, config) if name == 'int8' else self.params, config)
 
   def meant_by(self, name: str) -> 'Subject':
     """The subject of the weights that one of `WAYS` stands for: rounded to int8 and back, or as they are."""
-    return Subject(self.sizes, restored(quantized(self.params))) if name == 'int8' else self
+    return Subject(self.sizes, dequantize_params(self.way(name)[1])) if name == 'int8' else self
 
   def engine(self, name: str) -> Engine:
     """A new engine over shared parameters."""

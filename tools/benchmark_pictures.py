@@ -147,6 +147,13 @@ def _rows(bench: Bench, case: str, seen: Race, peer_names: dict[str, str], aim: 
   return found
 
 
+def _alone(bench: Bench, case: str, mine: list[Contestant], refused: list[Row]) -> list[Row]:
+  """Ours without a peer."""
+  seen = race(mine, bench.protocol, bench.clock)
+  times = ', '.join(f'{name} {1e3 * seen.median(name):,.0f} ms' for name in seen.seconds)
+  return [bench.left_out(case), *refused, bench.row(case, 'ours', '-', times)]
+
+
 def encode(bench: Bench, given: Pictures) -> list[Row]:
   """A picture to its codes."""
   side, case = given.config.resolution, f'image encode {given.config.resolution}'
@@ -158,12 +165,7 @@ def encode(bench: Bench, given: Pictures) -> list[Row]:
     rows.append(bench.refused(case, f'{rounded:.1%} of the bfloat16 codes are those of float32 (limit {CODES["bfloat16"]:.0%})'))
     mine = mine[:1]
   if not bench.peers:
-    seen = race(mine, bench.protocol, bench.clock)
-    return [
-      bench.left_out(case),
-      *rows,
-      bench.row(case, 'ours', '-', ', '.join(f'{name} {1e3 * seen.median(name):,.0f} ms' for name in seen.seconds)),
-    ]
+    return _alone(bench, case, mine, rows)
   pixels = np.array(vqgan.to_pixels(given.image))
   folder = _written(bench.folder, bench.subject, given)
   peers = {dtype: benchmark_torch.encoder(folder, dtype) for dtype in DTYPES}
@@ -192,12 +194,7 @@ def decode(bench: Bench, given: Pictures) -> list[Row]:
     rows.append(bench.refused(case, f'bfloat16 pixels differ from those of float32 by {off:.1e} of their range (limit {ROUNDED})'))
     mine = mine[:1]
   if not bench.peers:
-    seen = race(mine, bench.protocol, bench.clock)
-    return [
-      bench.left_out(case),
-      *rows,
-      bench.row(case, 'ours', '-', ', '.join(f'{name} {1e3 * seen.median(name):,.0f} ms' for name in seen.seconds)),
-    ]
+    return _alone(bench, case, mine, rows)
   peers = {dtype: PictureDecoder(given.params, given.config, dtype=dtype) for dtype in DTYPES}
   worst = float(np.abs(pixels['float32'] - peers['float32'].decode(codes)).max()) / extent
   if not worst <= PIXELS:

@@ -169,7 +169,7 @@ def decoding_params(params: Params, config: TransformerConfig) -> Params:
 
 
 def quantize_params(params: Params, config: TransformerConfig) -> Params:
-  """Parameters for sampling with the projections, lm_head and embedding in int8 (`quantization`), one array per layer, in host memory.
+  """Parameters for sampling with the projections, lm_head and embedding in int8 (`quantization`), one array per layer, where they lie.
 
   `config.scan_layers` says how `params` are stacked. For weights that lie on a mesh load them with `quantization='int8'` instead.
   """

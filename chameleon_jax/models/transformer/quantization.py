@@ -58,18 +58,19 @@ def contracted_axes(name: str) -> tuple[int, ...] | None:
 
 
 def quantize(weights: AnyArray, axes: tuple[int, ...]) -> QuantizedKernel:
-  """Rounds to the nearest of 255 levels, in host memory; channels of nought get the scale 1.
+  """Rounds to the nearest of 255 levels, where the weights lie; channels of nought get the scale 1.
 
   Args:
-    weights: any float type, finite.
+    weights: any float type, finite; of numpy or on a device.
     axes: those that share a scale.
   """
-  wide = np.asarray(weights).astype(np.float32)
-  largest = np.max(np.abs(wide), axis=axes, keepdims=True)
-  scale = np.where(largest > 0, largest / np.float32(LEVELS), np.float32(1))
-  scale = np.maximum(scale, np.finfo(np.float32).tiny)
-  values = np.clip(np.rint(wide / scale), -LEVELS, LEVELS).astype(np.int8)
-  return QuantizedKernel(values, np.squeeze(scale, axes).astype(np.float32))
+  xp: Any = jnp if isinstance(weights, jax.Array) else np
+  wide = xp.asarray(weights).astype(np.float32)
+  largest = xp.max(xp.abs(wide), axis=axes, keepdims=True)
+  scale = xp.where(largest > 0, largest / np.float32(LEVELS), np.float32(1))
+  scale = xp.maximum(scale, np.finfo(np.float32).tiny)
+  values = xp.clip(xp.rint(wide / scale), -LEVELS, LEVELS).astype(np.int8)
+  return QuantizedKernel(values, xp.squeeze(scale, axes).astype(np.float32))
 
 
 def dequantize(kernel: QuantizedKernel, axes: tuple[int, ...]) -> np.ndarray:

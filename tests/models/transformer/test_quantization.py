@@ -32,10 +32,13 @@ def params():
   return jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(np.float32), shapes)
 
 
+@pytest.mark.parametrize(('place', 'kind'), [(np.asarray, np.ndarray), (jnp.asarray, jax.Array)])
 @pytest.mark.parametrize('name', KERNELS)
-def test_no_weight_moves_by_more_than_half_a_step(name):
+def test_no_weight_moves_by_more_than_half_a_step(name, place, kind):
   weights, axes = draw(KERNELS[name]), contracted_axes(name)
-  kernel = quantize(weights, axes)
+  kernel = quantize(place(weights), axes)
+  assert isinstance(kernel.values, kind) and isinstance(kernel.scale, kind)  # they stay where they lie
+  kernel = jax.device_get(kernel)
   step = np.expand_dims(kernel.scale, axes)
   assert kernel.values.dtype == np.int8 and kernel.values.shape == weights.shape and kernel.shape == weights.shape
   assert kernel.scale.dtype == np.float32 and kernel.scale.ndim == weights.ndim - len(axes)
