@@ -11,6 +11,7 @@ microbatches and hosts add up to exactly the whole batch.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import flax.struct
 import jax
@@ -79,13 +80,17 @@ def effective_weights(targets: Tokens, loss_weights: LossWeights, modalities: Mo
 
 def sums_of_logits(logits: Logits, targets: Tokens, loss_weights: LossWeights, modalities: Modalities) -> LossSums:
   """Sums of one piece of rows whose logits are at hand."""
-  logits = logits.astype(jnp.float32)
+  return _sums(logits.astype(jnp.float32), targets, loss_weights, modalities)[0]
+
+
+def _sums(logits: Logits, targets: Tokens, loss_weights: LossWeights, modalities: Modalities) -> tuple[LossSums, Array]:
+  """The sums of float32 logits, and log Z [B, T]."""
   log_z = jax.nn.logsumexp(logits, axis=-1)
   cross_entropy = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   weights = effective_weights(targets, loss_weights, modalities)
   is_image, plain = modalities.is_image(targets), loss_weights.astype(jnp.float32)
   on_text, on_image = jnp.where(is_image, 0.0, plain), jnp.where(is_image, plain, 0.0)
-  return LossSums(
+  sums = LossSums(
       cross_entropy=jnp.sum(weights * cross_entropy),
       z_squared=jnp.sum(weights * log_z**2),
       weight=jnp.sum(weights),
@@ -96,6 +101,7 @@ def sums_of_logits(logits: Logits, targets: Tokens, loss_weights: LossWeights, m
       z=jnp.sum(plain * jax.lax.stop_gradient(log_z)),
       logit_norm=jnp.sum(plain * jnp.linalg.norm(jax.lax.stop_gradient(logits), axis=-1)),
   )
+  return sums, log_z
 
 
 def next_token_loss(
@@ -105,15 +111,19 @@ def next_token_loss(
     loss_weights: LossWeights,
     *,
     modalities: Modalities,
+    z_loss: float = 0.0,
     chunks: int = 1,
-) -> LossSums:
-  """Loss sums from the last hidden states.
+) -> tuple[Array, LossSums]:
+  """What is minimised, and loss sums, from the last hidden states.
 
-  With `chunks` > 1 every row is cut into that many pieces which are projected one after the other, and again
-  in the backward pass, so at most T / chunks positions have logits at a time:
+  With `chunks` > 1 every row is cut into that many pieces which are projected one after the other, so at most
+  T / chunks positions have logits at a time:
 
       row    | t0 t1 t2 t3 | t4 t5 t6 t7 |      chunks = 2
       logits   [B, 4, V]  then [B, 4, V]        never [B, 8, V]
+
+  A piece's gradients are taken while its logits are at hand (`_gradients_on_the_way`), so nothing is projected a second
+  time in the backward pass.
 
   Args:
     unembed: the projection to the vocabulary.
@@ -121,24 +131,98 @@ def next_token_loss(
     targets: token ids to predict.
     loss_weights: 0 where nothing is predicted.
     modalities: tells image codes and weighs both kinds.
+    z_loss: weight of the second term.
     chunks: pieces of a row; must divide T.
+
+  Returns:
+    sum(w ce) + z_loss * sum(w logZ^2), the one part that has a gradient; and the sums.
 
   Raises:
     ConfigError: `chunks` does not divide T.
   """
   batch, length, _ = hidden.shape
   if chunks == 1:
-    return sums_of_logits(unembed(hidden), targets, loss_weights, modalities)
+    sums = sums_of_logits(unembed(hidden), targets, loss_weights, modalities)
+    return sums.cross_entropy + z_loss * sums.z_squared, jax.lax.stop_gradient(sums)
   if length % chunks:
     raise ConfigError(f'loss_chunks {chunks} does not divide rows of {length} tokens; choose a divisor of data.seq_len')
 
   def pieces(x: AnyArray) -> Array:
     return jnp.moveaxis(jnp.asarray(x).reshape(batch, chunks, length // chunks, *x.shape[2:]), 1, 0)
 
-  @jax.checkpoint
-  def add_piece(total: LossSums, piece: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
-    part, part_targets, part_weights = piece
-    return total + sums_of_logits(unembed(part), part_targets, part_weights, modalities), None
+  cut = pieces(hidden)
+  project, captured = jax.closure_convert(unembed, cut[0])
+  return _gradients_on_the_way(project, modalities, z_loss)(captured, cut, pieces(targets), pieces(loss_weights))
 
-  total, _ = jax.lax.scan(add_piece, LossSums.zeros(), (pieces(hidden), pieces(targets), pieces(loss_weights)))
+
+def _gradients_on_the_way(
+    project: Callable[..., Logits], modalities: Modalities, z_loss: float
+) -> Callable[[list[Array], Array, Array, Array], tuple[Array, LossSums]]:
+  """The objective and the sums of pieces, as a function with a gradient of its own, which exists when the last piece is done.
+
+  With p the softmax of a position's logits, y the target and E the objective,
+
+      dE / dlogits = w (p (1 + 2 z_loss logZ) - onehot(y))
+
+  needs nothing but the logits, so the forward pass makes it and multiplies it on to the projection's operands at once. The
+  backward pass scales what is there.
+
+  Args:
+    project: (hidden of a piece [B, t, D], *captured) -> logits.
+    modalities, z_loss: as in `next_token_loss`.
+
+  Returns:
+    f(captured, hidden [n, B, t, D], targets [n, B, t], loss_weights [n, B, t]).
+  """
+
+  def objective(sums: LossSums) -> Array:
+    return sums.cross_entropy + z_loss * sums.z_squared
+
+  @jax.custom_vjp
+  def total(captured: list[Array], hidden: Array, targets: Array, loss_weights: Array) -> tuple[Array, LossSums]:
+    def add_piece(sums: LossSums, piece: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
+      part, part_targets, part_weights = piece
+      return sums + sums_of_logits(project(part, *captured), part_targets, part_weights, modalities), None
+
+    sums, _ = jax.lax.scan(add_piece, LossSums.zeros(), (hidden, targets, loss_weights))
+    return objective(sums), sums
+
+  def forward(*inputs: Any) -> tuple[tuple[Array, LossSums], tuple[Any, ...]]:
+    captured, hidden, targets, loss_weights = jax.tree.map(lambda leaf: leaf.value, inputs, is_leaf=_is_input)
+    trained = [leaf.perturbed for leaf in inputs[0]]
+    moving = [leaf for leaf, is_trained in zip(captured, trained) if is_trained]
+
+    def add_piece(carry: tuple[LossSums, list[Array]], piece: tuple[Array, Array, Array]) -> tuple[Any, Array]:
+      (sums, gradients), (part, part_targets, part_weights) = carry, piece
+
+      def projected(part: Array, moving: list[Array]) -> Logits:
+        given = iter(moving)
+        return project(part, *(next(given) if is_trained else leaf for leaf, is_trained in zip(captured, trained)))
+
+      logits, pull_back = jax.vjp(projected, part, moving)
+      more, log_z = _sums(logits.astype(jnp.float32), part_targets, part_weights, modalities)
+      weights = effective_weights(part_targets, part_weights, modalities)
+      of_softmax = (weights * (1 + 2 * z_loss * log_z))[..., None] * jnp.exp(logits - log_z[..., None])
+      is_target = jnp.arange(logits.shape[-1]) == part_targets[..., None]
+      by_part, by_moving = pull_back((of_softmax - jnp.where(is_target, weights[..., None], 0.0)).astype(logits.dtype))
+      return (sums + more, jax.tree.map(jnp.add, gradients, by_moving)), by_part
+
+    start = LossSums.zeros(), jax.tree.map(jnp.zeros_like, moving)
+    (sums, gradients), by_hidden = jax.lax.scan(add_piece, start, (hidden, targets, loss_weights))
+    given = iter(gradients)
+    return (objective(sums), sums), ([next(given) if is_trained else None for is_trained in trained], by_hidden)
+
+  def backward(gradients: tuple[Any, ...], cotangents: tuple[Array, LossSums]) -> tuple[Any, ...]:
+    scale = cotangents[0]
+    if isinstance(scale, jax.custom_derivatives.SymbolicZero):
+      scale = jnp.zeros(())
+    by_captured, by_hidden = jax.tree.map(lambda leaf: (leaf * scale).astype(leaf.dtype), gradients)
+    return by_captured, by_hidden, None, None
+
+  total.defvjp(forward, backward, symbolic_zeros=True)
   return total
+
+
+def _is_input(leaf: Any) -> bool:
+  """Whether a leaf is an argument as a rule with symbolic zeros gets it."""
+  return isinstance(leaf, jax.custom_derivatives.CustomVJPPrimal)

@@ -35,7 +35,8 @@ def modalities_of(config: TrainConfig) -> Modalities:
 
 def _loss_sums(
     model: nn.Module, config: TrainConfig, variables: dict[str, Params], batch: Batch, key: Array | None
-) -> tuple[LossSums, Metrics]:
+) -> tuple[Array, LossSums, Metrics]:
+  """(what is minimised, sums, diagnostics) of a batch."""
   hidden, _, diagnostics = model.apply(
       variables,
       batch['tokens'],
@@ -45,15 +46,16 @@ def _loss_sums(
       rngs=None if key is None else {'dropout': key},
       method='hidden',
   )
-  sums = next_token_loss(
+  objective, sums = next_token_loss(
       lambda piece: model.apply(variables, piece, method='unembed'),
       hidden,
       batch['targets'],
       batch['loss_weights'],
       modalities=modalities_of(config),
+      z_loss=config.z_loss,
       chunks=config.loss_chunks,
   )
-  return sums, _summary(diagnostics) | ({_PER_LAYER: jax.lax.stop_gradient(diagnostics)} if config.diagnostics_every else {})
+  return objective, sums, _summary(diagnostics) | ({_PER_LAYER: jax.lax.stop_gradient(diagnostics)} if config.diagnostics_every else {})
 
 
 def _summary(diagnostics: Mapping[str, Array]) -> Metrics:
@@ -95,8 +97,8 @@ def make_train_step(
 
   def gradient(params: Params, frozen: Params | None, batch: Batch, key: Array, weight: Array) -> tuple[PyTree, tuple[LossSums, Metrics]]:
     def objective(params: Params) -> tuple[Array, tuple[LossSums, Metrics]]:
-      sums, diagnostics = _loss_sums(model, config, tuning.variables(params, frozen), batch, key)
-      return (sums.cross_entropy + config.z_loss * sums.z_squared) / weight, (sums, diagnostics)
+      summed, sums, diagnostics = _loss_sums(model, config, tuning.variables(params, frozen), batch, key)
+      return summed / weight, (sums, diagnostics)
 
     gradients, aux = jax.grad(objective, has_aux=True)(params)
     return gradients, aux
@@ -162,7 +164,7 @@ def make_eval_step(model: nn.Module, config: TrainConfig, mesh: Mesh, params_sha
   tuning = Tuning(config.fine_tune)
 
   def evaluate(params: Params, batch: Batch, frozen: Params | None = None) -> LossSums:
-    return _loss_sums(model, config, tuning.variables(params, frozen), batch, None)[0]
+    return _loss_sums(model, config, tuning.variables(params, frozen), batch, None)[1]
 
   inputs = (params_shardings, batch_sharding(mesh), *_frozen_shardings(model, tuning, mesh))
   return jax.jit(evaluate, in_shardings=inputs, out_shardings=NamedSharding(mesh, PartitionSpec()))

@@ -43,10 +43,13 @@ def _expected(hidden, kernel, targets, weights, *, z_loss, text_weight, image_we
 def test_loss_is_the_formula(inputs, chunks, text_weight, image_weight):
   hidden, kernel, targets, weights = inputs
   modalities = Modalities(IMAGES, text_weight=text_weight, image_weight=image_weight)
-  sums = next_token_loss(lambda h: h @ kernel, jnp.asarray(hidden), targets, weights, modalities=modalities, chunks=chunks)
+  objective, sums = next_token_loss(
+    lambda h: h @ kernel, jnp.asarray(hidden), targets, weights, modalities=modalities, z_loss=0.1, chunks=chunks
+  )
   expected = _expected(*inputs, z_loss=0.1, text_weight=text_weight, image_weight=image_weight)
   found = {'loss': sums.loss(0.1), **sums.metrics()}
   assert found.keys() == expected.keys()
+  assert float(objective) == pytest.approx(expected['loss'] * float(sums.weight), rel=1e-5)
   for name, value in expected.items():
     assert float(found[name]) == pytest.approx(value, rel=1e-5), name
 
@@ -56,7 +59,9 @@ def test_gradient_is_that_of_the_formula(inputs, chunks):
   hidden, kernel, targets, weights = inputs
 
   def loss(hidden, kernel):
-    return next_token_loss(lambda h: h @ kernel, hidden, targets, weights, modalities=Modalities(IMAGES), chunks=chunks).loss(0.1)
+    modalities = Modalities(IMAGES)
+    summed, sums = next_token_loss(lambda h: h @ kernel, hidden, targets, weights, modalities=modalities, z_loss=0.1, chunks=chunks)
+    return summed / sums.weight
 
   got = jax.grad(loss, argnums=(0, 1))(jnp.asarray(hidden), jnp.asarray(kernel))
   # d loss / d logits = w / sum(w) * (softmax - onehot + z_loss * 2 logZ softmax)
@@ -76,7 +81,8 @@ def test_chunks_never_hold_all_logits(inputs):
   weights = jnp.ones((1, length))
 
   def loss(kernel, chunks):
-    return next_token_loss(lambda h: h @ kernel, hidden, targets, weights, modalities=Modalities(IMAGES), chunks=chunks).loss(1e-5)
+    modalities = Modalities(IMAGES)
+    return next_token_loss(lambda h: h @ kernel, hidden, targets, weights, modalities=modalities, z_loss=1e-5, chunks=chunks)[0]
 
   def temporary_bytes(chunks):
     gradient = jax.jit(jax.grad(lambda kernel: loss(kernel, chunks)))
@@ -84,6 +90,28 @@ def test_chunks_never_hold_all_logits(inputs):
 
   assert temporary_bytes(1) >= 4 * length * vocabulary
   assert temporary_bytes(16) < 4 * length * vocabulary / 2
+
+
+def _products(jaxpr):
+  """Matrix products of a program, those inside its loops counted once."""
+  return sum(
+    (eqn.primitive.name == 'dot_general') + sum(_products(inner) for inner in jax.core.jaxprs_in_params(eqn.params)) for eqn in jaxpr.eqns
+  )
+
+
+def test_pieces_are_projected_once_and_a_frozen_projection_has_no_gradient(inputs):
+  """Logits, gradient of the hidden states, gradient of the projection: three products where it trains, two where it does not."""
+  hidden, kernel, targets, weights = map(jnp.asarray, inputs)
+
+  def loss(kernel, hidden):
+    return next_token_loss(lambda h: h @ kernel, hidden, targets, weights, modalities=Modalities(IMAGES), z_loss=0.1, chunks=3)[0]
+
+  whole = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(kernel, hidden)
+  assert _products(whole.jaxpr) == 3
+  frozen = jax.make_jaxpr(jax.grad(loss, argnums=1))(kernel, hidden)
+  assert _products(frozen.jaxpr) == 2
+  by_hidden = jax.grad(loss, argnums=1)(kernel, hidden)
+  np.testing.assert_array_equal(by_hidden, jax.grad(loss, argnums=(0, 1))(kernel, hidden)[1])
 
 
 def test_a_missing_modality_is_not_a_number_and_does_no_harm():

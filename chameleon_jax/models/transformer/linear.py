@@ -104,6 +104,18 @@ def one_row(x: Array, kernel: Array, dims: int) -> Array:
   return summed.reshape(*x.shape[: x.ndim - dims], *kernel.shape[dims:])
 
 
+def _input_gradient(dy: Array, kernel: Array, dims: int, n_outputs: int) -> Array:
+  """float32 gradient of the input, `dy kernel^T`."""
+  outputs = (tuple(range(dy.ndim - n_outputs, dy.ndim)), tuple(range(dims, kernel.ndim)))
+  if not on_one_cpu():
+    return lax.dot_general(dy, kernel, (outputs, ((), ())), preferred_element_type=jnp.float32)
+  columns = dy.reshape(-1, math.prod(kernel.shape[dims:]))
+  transposed = kernel.reshape(-1, columns.shape[1]).T
+  as_it_lies = with_layout_constraint(transposed, Layout((1, 0)))
+  dx = lax.dot_general(columns, as_it_lies, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+  return dx.reshape(*dy.shape[: dy.ndim - n_outputs], *kernel.shape[:dims])
+
+
 def _weight_gradient(x: Array, dy: Array, dims: int, n_outputs: int) -> Array:
   """float32 gradient of the kernel, `x^T dy` over all leading axes.
 
@@ -136,8 +148,7 @@ def _mixed_linear_bwd(dims: int, result: jnp.dtype, saved: tuple[Array, Array], 
   x, kernel = saved
   n_outputs = kernel.ndim - dims
   dy = dy.astype(x.dtype)
-  outputs = (tuple(range(dy.ndim - n_outputs, dy.ndim)), tuple(range(dims, kernel.ndim)))
-  dx = lax.dot_general(dy, kernel.astype(x.dtype), (outputs, ((), ())), preferred_element_type=jnp.float32)
+  dx = _input_gradient(dy, kernel.astype(x.dtype), dims, n_outputs)
   return dx.astype(x.dtype), _weight_gradient(x, dy, dims, n_outputs).astype(kernel.dtype)
 
 
