@@ -47,7 +47,7 @@ class Sizes:
   vocabulary: VocabularyConfig
   vqgan: VQGANConfig
   train: tuple[int, int] = (2, 512)
-  loss_chunks: int = 4
+  loss_chunks: int = 2
   scan_training: bool = True
   prefill: int = 1024
   prompt: int = 64

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from chameleon_jax.array_types import Activations, AnyArray, Array, Logits, LossWeights, PyTree, Tokens
 from chameleon_jax.errors import ConfigError
+from chameleon_jax.partitioning import on_one_cpu
 
 
 @flax.struct.dataclass
@@ -80,17 +81,17 @@ def effective_weights(targets: Tokens, loss_weights: LossWeights, modalities: Mo
 
 def sums_of_logits(logits: Logits, targets: Tokens, loss_weights: LossWeights, modalities: Modalities) -> LossSums:
   """Sums of one piece of rows whose logits are at hand."""
-  return _sums(logits.astype(jnp.float32), targets, loss_weights, modalities)[0]
+  logits = logits.astype(jnp.float32)
+  return _sums(logits, jax.nn.logsumexp(logits, axis=-1), targets, loss_weights, modalities)
 
 
-def _sums(logits: Logits, targets: Tokens, loss_weights: LossWeights, modalities: Modalities) -> tuple[LossSums, Array]:
-  """The sums of float32 logits, and log Z [B, T]."""
-  log_z = jax.nn.logsumexp(logits, axis=-1)
+def _sums(logits: Logits, log_z: Array, targets: Tokens, loss_weights: LossWeights, modalities: Modalities) -> LossSums:
+  """The sums of float32 logits whose log Z [B, T] is known."""
   cross_entropy = log_z - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   weights = effective_weights(targets, loss_weights, modalities)
   is_image, plain = modalities.is_image(targets), loss_weights.astype(jnp.float32)
   on_text, on_image = jnp.where(is_image, 0.0, plain), jnp.where(is_image, plain, 0.0)
-  sums = LossSums(
+  return LossSums(
       cross_entropy=jnp.sum(weights * cross_entropy),
       z_squared=jnp.sum(weights * log_z**2),
       weight=jnp.sum(weights),
@@ -101,7 +102,6 @@ def _sums(logits: Logits, targets: Tokens, loss_weights: LossWeights, modalities
       z=jnp.sum(plain * jax.lax.stop_gradient(log_z)),
       logit_norm=jnp.sum(plain * jnp.linalg.norm(jax.lax.stop_gradient(logits), axis=-1)),
   )
-  return sums, log_z
 
 
 def next_token_loss(
@@ -200,11 +200,18 @@ def _gradients_on_the_way(
         return project(part, *(next(given) if is_trained else leaf for leaf, is_trained in zip(captured, trained)))
 
       logits, pull_back = jax.vjp(projected, part, moving)
-      more, log_z = _sums(logits.astype(jnp.float32), part_targets, part_weights, modalities)
+      dtype, logits = logits.dtype, logits.astype(jnp.float32)
+      top = jnp.max(logits, axis=-1)
+      powers = jnp.exp(logits - top[..., None])
+      if on_one_cpu():  # where an exponential costs more than storing it: else it is taken once for the sum and once for the gradient
+        powers = jax.lax.optimization_barrier(powers)
+      total = jnp.sum(powers, axis=-1)
+      log_z = top + jnp.log(total)
+      more = _sums(logits, log_z, part_targets, part_weights, modalities)
       weights = effective_weights(part_targets, part_weights, modalities)
-      of_softmax = (weights * (1 + 2 * z_loss * log_z))[..., None] * jnp.exp(logits - log_z[..., None])
+      by_logits = (weights * (1 + 2 * z_loss * log_z) / total)[..., None] * powers
       is_target = jnp.arange(logits.shape[-1]) == part_targets[..., None]
-      by_part, by_moving = pull_back((of_softmax - jnp.where(is_target, weights[..., None], 0.0)).astype(logits.dtype))
+      by_part, by_moving = pull_back((by_logits - jnp.where(is_target, weights[..., None], 0.0)).astype(dtype))
       return (sums + more, jax.tree.map(jnp.add, gradients, by_moving)), by_part
 
     start = LossSums.zeros(), jax.tree.map(jnp.zeros_like, moving)

@@ -2,7 +2,7 @@
 
 Operands are cast to the compute type and products are summed in float32. In bfloat16 the backward products are
 written out, because automatic differentiation would multiply a float32 cotangent with a bfloat16 operand, which
-no platform does fast. On one CPU device other forms are faster (see `_weight_gradient` and `one_row`, measured with
+no platform does fast. On one CPU device other forms are faster (see `_weight_gradient`, `_input_gradient` and `one_row`, measured with
 AVX512-BF16); elsewhere the plain products are right. A kernel may be stored in int8 (`quantization.QuantizedKernel`).
 
 Does not know: what the axes mean, or how they are sharded.
@@ -105,14 +105,16 @@ def one_row(x: Array, kernel: Array, dims: int) -> Array:
 
 
 def _input_gradient(dy: Array, kernel: Array, dims: int, n_outputs: int) -> Array:
-  """float32 gradient of the input, `dy kernel^T`."""
-  outputs = (tuple(range(dy.ndim - n_outputs, dy.ndim)), tuple(range(dims, kernel.ndim)))
+  """float32 gradient of the input, `dy kernel^T`.
+
+  On the CPU the transposed kernel is said to lie as the kernel does; else XLA makes a transposed copy of it.
+  """
   if not on_one_cpu():
+    outputs = (tuple(range(dy.ndim - n_outputs, dy.ndim)), tuple(range(dims, kernel.ndim)))
     return lax.dot_general(dy, kernel, (outputs, ((), ())), preferred_element_type=jnp.float32)
   columns = dy.reshape(-1, math.prod(kernel.shape[dims:]))
-  transposed = kernel.reshape(-1, columns.shape[1]).T
-  as_it_lies = with_layout_constraint(transposed, Layout((1, 0)))
-  dx = lax.dot_general(columns, as_it_lies, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+  transposed = with_layout_constraint(kernel.reshape(-1, columns.shape[1]).T, Layout((1, 0)))
+  dx = lax.dot_general(columns, transposed, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
   return dx.reshape(*dy.shape[: dy.ndim - n_outputs], *kernel.shape[:dims])
 
 
