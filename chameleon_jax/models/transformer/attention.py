@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 
 from chameleon_jax.array_types import Array, Mask, Positions, SegmentIds
 from chameleon_jax.config import Dtype
-from chameleon_jax.models.transformer.blockwise import attend_blockwise
+from chameleon_jax.models.transformer.blockwise import attend_blockwise, attend_slots
 from chameleon_jax.partitioning import target_platform
 
 
@@ -64,16 +64,20 @@ def attend(
   return summed.reshape(q.shape).astype(dtype)
 
 
+def _block() -> int:
+  """Queries and keys of a block. Of two CPU cores, 64 is the fastest (its scores stay in the cache); elsewhere fewer and larger products are."""
+  return 64 if target_platform() == 'cpu' else 512
+
+
 def attend_rows(
     q: Float[Array, 'B T N H'], k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H'], *, segment_ids: SegmentIds | None, dtype: Dtype
 ) -> Float[Array, 'B T N H']:
   """Attention inside rows: causal, closed in each segment where `segment_ids` are given.
 
-  Rows longer than one block run blockwise. Of two CPU cores, 64 is the fastest block (its scores stay in the cache);
-  elsewhere fewer and larger products are.
+  Rows longer than one block run blockwise.
   """
   batch, length, n_heads, d_head = q.shape
-  block = 64 if target_platform() == 'cpu' else 512
+  block = _block()
   if length <= block:
     return attend(q, k, v, causal_mask(length) if segment_ids is None else segment_mask(segment_ids), dtype=dtype)
   if segment_ids is None:
@@ -99,12 +103,21 @@ def attend_rows(
 def attend_cache(
     q: Float[Array, 'B T N H'], k: Float[Array, 'B K S H'], v: Float[Array, 'B K S H'], *, positions: Positions, dtype: Dtype
 ) -> Float[Array, 'B T N H']:
-  """Attention of new tokens to all slots of a cache up to their own position.
+  """Attention of new tokens to the slots of a cache up to their own position.
 
-  The operands take the type of the cache: casting a whole cache would cost more than the products.
+  A piece of a prompt of one block or more runs blockwise, with operands of `dtype`. For fewer tokens the operands take the type of the
+  cache: casting a whole cache would cost more than the products.
   """
   batch, length, n_heads, d_head = q.shape
-  groups = (q * d_head**-0.5).astype(k.dtype).reshape(batch, length, k.shape[1], n_heads // k.shape[1], d_head)
+  n_kv_heads, block = k.shape[1], _block()
+  if length >= block and k.shape[2] >= block:
+    missing = -length % block
+    padded = jnp.swapaxes(jnp.pad((q * d_head**-0.5).astype(dtype), ((0, 0), (0, missing), (0, 0), (0, 0))), 1, 2)
+    grouped = padded.reshape(batch, n_kv_heads, n_heads // n_kv_heads, length + missing, d_head)
+    places = jnp.pad(jnp.asarray(positions), ((0, 0), (0, missing)))
+    context = attend_slots(block, grouped, k, v, places, dtype=dtype).reshape(batch, n_heads, length + missing, d_head)
+    return jnp.swapaxes(context, 1, 2)[:, :length].astype(dtype)
+  groups = (q * d_head**-0.5).astype(k.dtype).reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, d_head)
   scores = jnp.einsum('bktgh,bksh->bktgs', jnp.swapaxes(groups, 1, 2), k, preferred_element_type=jnp.float32)
   mask = cache_mask(positions, k.shape[2])[:, :, :, None]
   weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)

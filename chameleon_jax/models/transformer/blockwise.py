@@ -10,10 +10,13 @@ batch attends, because its documents begin later. With two documents in every ro
                                                  2                   1                    1 2
                                                  3                   1                    1 2 3
 
-Does not know: projections, norms, rotations or caches. The plain form to compare with is `attention.attend`.
+New tokens attend to a cache by blocks too, forward only (`attend_slots`).
+
+Does not know: projections, norms or rotations. The plain form to compare with is `attention.attend`.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from chameleon_jax.array_types import Array
+from chameleon_jax.config import Dtype
 
 CONTEXT = 'context'  # name of the results that a rematerialisation policy may keep
 _FAR = -1e30  # score of a masked pair
@@ -75,6 +79,11 @@ def _einsum(spec: str, a: Array, b: Array) -> Array:
   return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
 
+def _masked(scores: Array, mask: Array) -> Array:
+  """float32 scores [B, K, G, t, s] where the mask [B, t, s] is true."""
+  return jnp.where(mask[:, None, None], scores, _FAR)
+
+
 def _scores(q: Array, k: Array, segment_ids: Array, *, row: Array, column: Array) -> Array:
   """Masked float32 scores [B, K, G, block, block] of one block of queries and one of keys."""
   block = q.shape[-2]
@@ -82,8 +91,36 @@ def _scores(q: Array, k: Array, segment_ids: Array, *, row: Array, column: Array
   causal = (row * block + places)[:, None] >= (column * block + places)[None, :]
   queries = lax.dynamic_slice_in_dim(segment_ids, row * block, block, axis=1)
   keys = lax.dynamic_slice_in_dim(segment_ids, column * block, block, axis=1)
-  mask = causal & (queries[:, :, None] == keys[:, None, :])
-  return jnp.where(mask[:, None, None], _einsum('bkgth,bksh->bkgts', q, k), _FAR)
+  return _masked(_einsum('bkgth,bksh->bkgts', q, k), causal & (queries[:, :, None] == keys[:, None, :]))
+
+
+def _softmax_over_blocks(
+    q: Array, blocks: tuple[Array, Array], of: Callable[[Array], tuple[Array, Array]], d_value: int
+) -> tuple[Array, Array]:
+  """Attention of one block of queries to a range of blocks of keys, with a running maximum and sum.
+
+  Args:
+    q: [B, K, G, t, H].
+    blocks: first, and the one behind the last.
+    of: block index -> (masked float32 scores [B, K, G, t, s], values [B, K, s, d_value]).
+    d_value: channels of a value.
+
+  Returns:
+    float32 context [B, K, G, t, d_value] and logarithms of the softmax denominators [B, K, G, t, 1].
+  """
+  shape = q.shape[:-1]
+
+  def one_block(column: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    top, total, summed = carry
+    scores, v = of(column)
+    new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
+    weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+    summed = summed * shrink + _einsum('bkgts,bksh->bkgth', weights.astype(v.dtype), v)
+    return new_top, total * shrink + weights.sum(-1, keepdims=True), summed
+
+  empty = jnp.full((*shape, 1), _FARTHER), jnp.zeros((*shape, 1)), jnp.zeros((*shape, d_value))
+  top, total, summed = lax.fori_loop(*blocks, one_block, empty)
+  return summed / total, top + jnp.log(total)
 
 
 def _forward(block: int, q: Queries, k: Keys, v: Keys, segment_ids: SegmentIds) -> tuple[Queries, LogSums]:
@@ -91,22 +128,48 @@ def _forward(block: int, q: Queries, k: Keys, v: Keys, segment_ids: SegmentIds) 
 
   def one_row(row: Array) -> tuple[Array, Array]:
     q_row = _cut(q, row, block)
-    shape = q_row.shape[:-1]
 
-    def one_block(column: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-      top, total, summed = carry
-      scores = _scores(q_row, _cut(k, column, block), segment_ids, row=row, column=column)
-      new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
-      weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
-      summed = summed * shrink + _einsum('bkgts,bksh->bkgth', weights.astype(v.dtype), _cut(v, column, block))
-      return new_top, total * shrink + weights.sum(-1, keepdims=True), summed
+    def of(column: Array) -> tuple[Array, Array]:
+      return _scores(q_row, _cut(k, column, block), segment_ids, row=row, column=column), _cut(v, column, block)
 
-    empty = jnp.full((*shape, 1), _FARTHER), jnp.zeros((*shape, 1)), jnp.zeros((*shape, v.shape[-1]))
-    top, total, summed = lax.fori_loop(starts[row], row + 1, one_block, empty)
-    return summed / total, top + jnp.log(total)
+    return _softmax_over_blocks(q_row, (starts[row], row + 1), of, v.shape[-1])
 
   context, log_sums = lax.map(one_row, jnp.arange(q.shape[3] // block, dtype=jnp.int32))
   return _join(context), _join(log_sums)
+
+
+def attend_slots(
+    block: int, q: Queries, k: Float[Array, 'B K S H'], v: Float[Array, 'B K S H'], positions: Int[Array, 'B T'], *, dtype: Dtype
+) -> Queries:
+  """softmax(q k^T) v of new tokens over the slots of a cache up to their own position; slots behind the last one are not read.
+
+  Args:
+    block: queries and slots of one block; divides T, and is at most S.
+    q: queries, already scaled, of the type `dtype`.
+    k, v: the cache, of any type; blocks of it are cast to `dtype` as they are read.
+    positions: slot of each query.
+    dtype: type of the operands of the products.
+
+  Returns:
+    float32 [B, K, G, T, H]. It has no gradient of its own: loops with a bound that is data are differentiated forwards only.
+  """
+  n_slots = k.shape[2]
+
+  def one_row(row: Array) -> Array:
+    q_row = _cut(q, row, block)
+    places = lax.dynamic_slice_in_dim(positions, row * block, block, axis=1)
+
+    def of(column: Array) -> tuple[Array, Array]:
+      first = jnp.minimum(column * block, n_slots - block)  # the last block may overlap the one before
+      slots = first + jnp.arange(block, dtype=jnp.int32)
+      k_column, v_column = (lax.dynamic_slice_in_dim(x, first, block, axis=2).astype(dtype) for x in (k, v))
+      mask = (slots <= places[:, :, None]) & (slots >= column * block)
+      return _masked(_einsum('bkgth,bksh->bkgts', q_row, k_column), mask), v_column
+
+    last = jnp.minimum(places.max(), n_slots - 1)
+    return _softmax_over_blocks(q_row, (jnp.zeros_like(last), last // block + 1), of, v.shape[-1])[0]
+
+  return _join(lax.map(one_row, jnp.arange(q.shape[3] // block, dtype=jnp.int32)))
 
 
 def _attend_fwd(block: int, q: Queries, k: Keys, v: Keys, segment_ids: SegmentIds) -> tuple[Queries, tuple[Array, ...]]:

@@ -1,5 +1,7 @@
 """Masks against their drawn examples, attention against float64 numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,31 @@ def test_cache_attention_equals_float64(kv_heads):
   slots = (jnp.swapaxes(jnp.asarray(x), 1, 2) for x in (k, v))
   ours = attention.attend_cache(jnp.asarray(q), *slots, positions=positions, dtype='float32')
   np.testing.assert_allclose(ours, reference(q, k, v, np.arange(20) <= positions[:, :, None]), atol=1e-5)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(('length', 'starts'), [(64, (0, 200, 86)), (130, (134, 0, 57))], ids=['one_block', 'uneven'])
+def test_a_piece_of_a_prompt_against_a_cache_equals_float64(dtype, length, starts):
+  """Rows at different places, and slots that are no multiple of a block."""
+  n_slots = 264
+  q, k, v = draw(length=length, slots=n_slots)
+  positions = np.array(starts, np.int32)[:, None] + np.arange(length, dtype=np.int32)
+  expected = reference(q, k, v, np.arange(n_slots) <= positions[:, :, None])
+  slots = (jnp.swapaxes(jnp.asarray(x), 1, 2) for x in (k, v))
+  ours = jax.jit(functools.partial(attention.attend_cache, dtype=dtype))(jnp.asarray(q), *slots, positions=positions)
+  assert ours.dtype == jnp.dtype(dtype)
+  off = np.abs(np.asarray(ours, np.float64) - expected).max()
+  assert off < (1e-5 if dtype == 'float32' else 0.05) * np.abs(expected).max()
+
+
+def test_blocks_of_a_cache_that_no_query_sees_are_not_read():
+  q, k, v = draw(length=64, slots=256)
+  positions = np.array([[5], [60], [0]], np.int32) + np.arange(64, dtype=np.int32)  # up to slot 123
+  expected = reference(q, k, v, np.arange(256) <= positions[:, :, None])
+  k[:, 128:], v[:, 128:] = np.nan, np.nan
+  slots = (jnp.swapaxes(jnp.asarray(x), 1, 2) for x in (k, v))
+  ours = attention.attend_cache(jnp.asarray(q), *slots, positions=positions, dtype='float32')
+  np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def packed_rows(length: int) -> np.ndarray:
