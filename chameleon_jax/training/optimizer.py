@@ -27,7 +27,7 @@ import optax.contrib
 
 from chameleon_jax.array_types import AnyArray, Array, Params, PyTree
 from chameleon_jax.config import OptimizerConfig
-from chameleon_jax.partitioning import RULES, constrain
+from chameleon_jax.partitioning import RULES, constrain, on_one_cpu
 from chameleon_jax.training.state import unboxed
 
 
@@ -115,8 +115,7 @@ def _orthogonalised_momentum(beta: float) -> optax.GradientTransformation:
   whole = optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=matrices, mu_dtype=jnp.float32)
 
   def update(updates: PyTree, state: PyTree, params: Params | None = None) -> tuple[PyTree, PyTree]:
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    if on_one_cpu():
       return whole.update(updates, state, params)
     count = optax.safe_increment(state.count)
     paths, form = jax.tree_util.tree_flatten_with_path(updates)
@@ -129,13 +128,13 @@ def _orthogonalised_momentum(beta: float) -> optax.GradientTransformation:
       ahead = beta * optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
       ahead += (1 - beta) * optax.tree.bias_correction(gradient, beta, count)
       moments[place] = mu
-      found.append(_orthogonalised(ahead, _names(path)[-1], state, mesh.shape['fsdp']))
+      found.append(_orthogonalised(ahead, _names(path)[-1], state))
     return form.unflatten(found), state._replace(count=count, mu=form.unflatten(moments))
 
   return optax.GradientTransformation(whole.init, update)
 
 
-def _orthogonalised(stack: Array, name: str, state: PyTree, fsdp: int) -> Array:
+def _orthogonalised(stack: Array, name: str, state: PyTree) -> Array:
   """A matrix, or a stack of them whose layers are spread over the devices meanwhile; by optax, with the momentum switched off."""
   alone = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=matrices)
   axes = [axis for side in _MATRICES[name] for axis in side]
@@ -143,7 +142,8 @@ def _orthogonalised(stack: Array, name: str, state: PyTree, fsdp: int) -> Array:
   if stacked:
     pieces = ('layers', *axes)
     stack, n_layers = constrain(stack, *pieces), len(stack)
-    stack = jnp.pad(stack, [(0, -n_layers % fsdp)] + [(0, 0)] * len(axes))
+    mesh = jax.sharding.get_abstract_mesh()
+    stack = jnp.pad(stack, [(0, -n_layers % (1 if mesh.empty else mesh.shape['fsdp']))] + [(0, 0)] * len(axes))
     stack = constrain(stack, 'whole_layers', *(None if axis == 'embed' else axis for axis in axes))
   nothing = state._replace(count=jnp.zeros_like(state.count), mu={name: jnp.zeros_like(stack)})
   found = alone.update({name: stack}, nothing)[0][name]
