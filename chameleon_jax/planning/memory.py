@@ -164,8 +164,8 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
     reduction   what was kept; gradients of all layers; the matrix products of one layer, and its feed-forward's gradients in
                 float32 before they are reduced over devices
     embedding   gradients of all layers; twice the whole table in float32: the scattered gradient and its sum over devices
-    update      of Muon alone, others work in place: gradients; the table's once more; of the largest stack of hidden matrices two
-                copies beside its gradient, its layers spread over the fsdp axis
+    update      of Muon alone, others work in place: gradients; the table's whole; of the largest stack of hidden matrices two
+                copies in float32 beside its gradient, with its layers spread over the fsdp axis
 
   Until the layers are done, the compiler also keeps the compute-type copy of the layers' matrices that it makes before the loop
   over them, of the device's own share. With accumulation the gradients so far are there all the time, and those of one

@@ -80,6 +80,7 @@ COMPILED = [
   ('7b', Layout(1, 16, 1), {'rows': 16, 'optimizer': 'muon'}, 8.077),
   ('7b', Layout(1, 8, 1), {'rows': 8, 'optimizer': 'muon'}, 13.611),
   ('7b', Layout(1, 8, 1), {'rows': 8, 'optimizer': 'muon', 'length': 128, 'chunks': 1}, 11.861),
+  ('34b', Layout(1, 64, 1), {'rows': 64, 'optimizer': 'muon'}, 13.821),
   ('7b', Layout(1, 16, 1), {'rows': 16, **LORA}, 3.390),
   ('7b', Layout(1, 4, 1), {'rows': 16, **LORA}, 12.392),
   ('7b', Layout(4, 1, 1), {'rows': 16, **LORA}, 25.233),
