@@ -104,7 +104,7 @@ def matrices(params: Params) -> PyTree:
 
 
 def _orthogonalised_momentum(beta: float) -> optax.GradientTransformation:
-  """`optax.contrib.scale_by_muon`: its state and its values, in less memory and time on a mesh.
+  """`optax.contrib.scale_by_muon`: its state and its values, in less memory on a mesh.
 
   Optax's own has every device gather whole stacks of layers and work on all of them. Here, one stack after the other,
 
@@ -118,9 +118,10 @@ def _orthogonalised_momentum(beta: float) -> optax.GradientTransformation:
     if on_one_cpu():
       return whole.update(updates, state, params)
     count = optax.safe_increment(state.count)
-    paths, form = jax.tree_util.tree_flatten_with_path(updates)
-    moments, found = form.flatten_up_to(state.mu), []
-    for place, (path, gradient) in enumerate(paths):
+    form: PyTree = jax.tree.structure(updates)
+    moments: list[Array] = form.flatten_up_to(state.mu)
+    found: list[Array] = []
+    for place, (path, gradient) in enumerate(jax.tree_util.tree_leaves_with_path(updates)):
       mu = moments[place]
       if found:  # not before the one before is done, or all are in memory at once
         gradient, mu, found[-1] = jax.lax.optimization_barrier((gradient, mu, found[-1]))

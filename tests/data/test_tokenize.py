@@ -100,7 +100,7 @@ def test_batches_side_by_side_give_the_bytes_of_one_after_the_other(parts, tmp_p
       running['all'] += 1
       running['now'] += 1
       most.append(running['now'])
-      time.sleep(0.05 if running['all'] % 2 else 0.01)
+      time.sleep(0.3 if running['all'] == 1 else 0.01)
       running['now'] -= 1
       return encode(pictures)
 
