@@ -42,6 +42,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ('d_head', None),
     ('norm', None),
     ('layers', None),
+    ('whole_layers', 'fsdp'),  # of a stack whose layers lie whole on one device each, while an optimizer works on them
     ('rank', None),  # of adapters
     ('conv_in', None),
     ('conv_out', 'fsdp'),

@@ -4,8 +4,10 @@
     python tools/benchmark_data.py --quick          # small sizes, in seconds: says that the tool works, nothing else
 
 1  pictures per second of `chameleon tokenize`, one process, over those of its encoder alone on the same pictures, prepared and in memory;
-   in turn, in one run. Behind a gate: the codes in the shard are those of the bare encoder. `emoji` is the shipped tokenizer on PNG files
-   of 96 pixels; `released` is the released encoder's size with random weights on JPEG files of 640 x 480.
+   in turn, in one run. The encoder alone takes one batch after the other; `chameleon tokenize` runs two small ones side by side on a CPU,
+   and cores that wait in one work on the other: the ratio says what a user gets, not how little the rest costs. Behind a gate: the codes
+   in the shard are those of the bare encoder. `emoji` is the shipped tokenizer on PNG files of 96 pixels; `released` is the released
+   encoder's size with random weights on JPEG files of 640 x 480.
 2  tokens per second of packed 4,096-token rows from tokenized shards (a third pairs of a picture and a caption, a third text, a third
    interleaved with two pictures), over what one H200 eats when it trains 7B at 50 % of its peak: 11,400 tokens/s (989 TFLOP/s * 0.5
    over 6 * 7.04e9 + attention, 4.34e10 FLOP a token). Behind a gate: the rows hold documents as `render` makes them.

@@ -38,6 +38,7 @@ from chameleon_jax.data.tokenize_folder import (
     write_rejects,
 )
 from chameleon_jax.errors import ChameleonError, DataError
+from chameleon_jax.partitioning import on_one_cpu
 from chameleon_jax.tokens.document import Codes, Document, Image, Segment, Turn
 from chameleon_jax.tokens.text import TextTokenizer
 
@@ -54,6 +55,15 @@ class Tokenizers(Protocol):
   def text_tokenizer(self) -> TextTokenizer | None: ...
 
 
+def _batches_at_once(config: VQGANConfig, batch_size: int) -> int:
+  """Batches that are encoded side by side: two on a CPU, where one leaves cores idle between its operations, if they are small.
+
+  Small is at most 256 MiB for a layer of the first width in full resolution; a few of these are what an encoder holds.
+  """
+  layer = batch_size * config.resolution**2 * config.base_channels * np.dtype(np.float32).itemsize
+  return 2 if on_one_cpu() and layer <= 1 << 28 else 1
+
+
 class Tokenization:
   """A job with its source open and its tokenizers loaded: what one process needs to make shards.
 
@@ -68,9 +78,11 @@ class Tokenization:
       raise DataError(f'source {job.source!r} has no documents in split {job.split!r}')
     self.config, self._text = tokenizers.vqgan_config, tokenizers.text_tokenizer
     self._encode: Callable[[np.ndarray], Array] | None = None
+    self._at_once = 1
     images = text = None
     if self.config is not None:
       self._encode = make_batch_encoder(self.config, tokenizers.vqgan_params, job.preprocessing)
+      self._at_once = _batches_at_once(self.config, job.batch_size)
       found = encoder_fingerprint(self.config, tokenizers.vqgan_params)
       images = {'fingerprint': found, 'n_codes': self.config.n_codes, 'n_image_tokens': self.config.n_image_tokens}
       images['config'] = json.loads(json.dumps(dataclasses.asdict(self.config)))
@@ -142,18 +154,18 @@ class Tokenization:
     """
     waiting: collections.deque[tuple[int, Document | ChameleonError, int]] = collections.deque()  # and pictures it has
     rows: collections.deque[np.ndarray] = collections.deque()
-    flying: collections.deque[tuple[Array, int]] = collections.deque()
+    flying: collections.deque[tuple[Future, int]] = collections.deque()
     batch: list[np.ndarray] = []
+    at_once = self._at_once
 
     def launch() -> None:
-      assert self._encode is not None
       filled = np.stack(batch + batch[:1] * (self.job.batch_size - len(batch)))
-      flying.append((self._encode(filled), len(batch)))
+      flying.append((encoders.submit(self._codes, filled), len(batch)))
       batch.clear()
 
     def land() -> None:
       codes, n = flying.popleft()
-      rows.extend(np.asarray(codes)[:n])
+      rows.extend(np.asarray(codes.result())[:n])
 
     def whole() -> Iterator[tuple[int, Any]]:
       while waiting and waiting[0][2] <= len(rows):
@@ -161,25 +173,35 @@ class Tokenization:
         mine = [rows.popleft() for _ in range(n)]
         yield index, document if isinstance(document, ChameleonError) else self._packed(document, mine)
 
-    for index, document in self._documents(range(number, len(self.source), self.job.n_shards)):
-      pictures = [] if isinstance(document, ChameleonError) else [s.pixels for s in document.segments if isinstance(s, Image)]
-      waiting.append((index, document, len(pictures)))
-      for pixels in pictures:
-        batch.append(pixels)
-        if len(batch) == self.job.batch_size:
-          launch()
-          if len(flying) > 1:  # one batch on the device while the next is prepared
-            land()
+    with ThreadPoolExecutor(at_once) as encoders:
+      try:
+        for index, document in self._documents(range(number, len(self.source), self.job.n_shards)):
+          pictures = [] if isinstance(document, ChameleonError) else [s.pixels for s in document.segments if isinstance(s, Image)]
+          waiting.append((index, document, len(pictures)))
+          for pixels in pictures:
+            batch.append(pixels)
+            if len(batch) == self.job.batch_size:
+              launch()
+              if len(flying) > at_once:  # one more than run is prepared meanwhile
+                land()
+                yield from whole()
+                on_batch()
+          if not batch and not flying:
             yield from whole()
-            on_batch()
-      if not batch and not flying:
+        if batch:
+          launch()
+        while flying:
+          land()
         yield from whole()
-    if batch:
-      launch()
-    while flying:
-      land()
-    yield from whole()
+      finally:
+        for codes, _ in flying:
+          codes.cancel()
     assert not waiting and not rows
+
+  def _codes(self, pictures: np.ndarray) -> Array:
+    assert self._encode is not None
+    codes = self._encode(pictures)
+    return codes.block_until_ready() if self._at_once > 1 else codes  # a device keeps the order of what it is given
 
   def _packed(self, document: Document, codes: Sequence[np.ndarray]) -> Any:
     waiting = iter(codes)

@@ -164,8 +164,8 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
     reduction   what was kept; gradients of all layers; the matrix products of one layer, and its feed-forward's gradients in
                 float32 before they are reduced over devices
     embedding   gradients of all layers; twice the whole table in float32: the scattered gradient and its sum over devices
-    update      of Muon alone, others work in place: gradients; of the largest stack of hidden matrices three copies that no axis but
-                tensor splits, and four of their products X X^T, in two bytes. The most that was seen; the compiler may need less
+    update      of Muon alone, others work in place: gradients; the table's whole; of the largest stack of hidden matrices two
+                copies in float32 beside its gradient, with its layers spread over the fsdp axis
 
   Until the layers are done, the compiler also keeps the compute-type copy of the layers' matrices that it makes before the loop
   over them, of the device's own share. With accumulation the gradients so far are there all the time, and those of one
@@ -216,9 +216,14 @@ def train_memory(config: TrainConfig, layout: Layout) -> Memory:
       },
       'embedding': {**always, 'gradients': weights.gradients, 'embedding gradient, whole': 2 * whole.embedding if sharded else 0},
   }
-  stack, products_of_stack = orthogonalised(config, layout)
+  stack = orthogonalised(config, layout)
   if stack:
-    moments['update'] = {**always, 'gradients': weights.gradients, 'hidden matrices, whole': 2 * (3 * stack + 4 * products_of_stack)}
+    moments['update'] = {
+        **always,
+        'gradients': weights.gradients,
+        'embedding gradient, whole': whole.embedding if sharded else 0,
+        'hidden matrices of one stack': 2 * 4 * stack,
+    }
   return Memory(moments)
 
 

@@ -142,22 +142,20 @@ def _whole_gradients(model: TransformerConfig, fine_tune: FineTuneConfig, tensor
   return WholeGradients(**found)
 
 
-def orthogonalised(config: TrainConfig, layout: Layout) -> tuple[int, int]:
-  """(entries of the largest stack of matrices that Muon orthogonalises at once, entries of the stack of their products X X^T).
+def orthogonalised(config: TrainConfig, layout: Layout) -> int:
+  """Entries that a device has of the largest stack of matrices while Muon orthogonalises it, 0 without Muon.
 
-  Scanned layers are one stack. The first is what a device of the tensor axis has of it; (0, 0) without Muon.
+  Scanned layers are one stack, whose layers the fsdp axis then divides; the tensor axis divides each matrix.
   """
-  model, largest = _plain(config.model), (0, 0)
+  model, largest = _plain(config.model), 0
   if config.optimizer.name != 'muon':
     return largest
   params = abstract_state(Transformer(model), optax.identity(), Layout(1, 1, 1).mesh(), Tuning(config.fine_tune)).params
   axes = dict(jax.tree_util.tree_leaves_with_path(matrices(params), is_leaf=lambda found: isinstance(found, MuonDimensionNumbers)))
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    if path not in axes:
-      continue
-    rows, columns = (math.prod(leaf.shape[axis] for axis in side) for side in axes[path])
-    n_stacked = math.prod(leaf.shape) // (rows * columns)
-    largest = max(largest, (n_stacked * rows * columns // layout.tensor, n_stacked * min(rows, columns) ** 2))
+    if path in axes:
+      matrix = math.prod(leaf.shape[axis] for side in axes[path] for axis in side)
+      largest = max(largest, -(-math.prod(leaf.shape) // matrix // layout.fsdp) * matrix // layout.tensor)
   return largest
 
 

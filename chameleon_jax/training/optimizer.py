@@ -27,7 +27,7 @@ import optax.contrib
 
 from chameleon_jax.array_types import AnyArray, Array, Params, PyTree
 from chameleon_jax.config import OptimizerConfig
-from chameleon_jax.partitioning import RULES
+from chameleon_jax.partitioning import RULES, constrain, on_one_cpu
 from chameleon_jax.training.state import unboxed
 
 
@@ -76,11 +76,13 @@ def decayed(params: Params) -> PyTree:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-# Input and output axes of the transformer's hidden matrices, from the end, so that scanned layers are stacks of matrices.
-_MATRICES = {
-    **dict.fromkeys(('q_proj', 'k_proj', 'v_proj'), ((-3,), (-2, -1))),
-    'o_proj': ((-3, -2), (-1,)),
-    **dict.fromkeys(('gate_proj', 'up_proj', 'down_proj'), ((-2,), (-1,))),
+# The transformer's hidden matrices: names of their input axes and of their output axes, see `partitioning.RULES`.
+_MATRICES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    'q_proj': (('embed',), ('heads', 'd_head')),
+    **dict.fromkeys(('k_proj', 'v_proj'), (('embed',), ('kv_heads', 'd_head'))),
+    'o_proj': (('heads', 'd_head'), ('embed',)),
+    **dict.fromkeys(('gate_proj', 'up_proj'), (('embed',), ('mlp',))),
+    'down_proj': (('mlp',), ('embed',)),
 }
 
 
@@ -94,9 +96,59 @@ def matrices(params: Params) -> PyTree:
     found = _MATRICES.get(_names(path)[-1])
     if found is None:
       return None
-    return optax.contrib.MuonDimensionNumbers(*(tuple(leaf.ndim + axis for axis in side) for side in found))
+    first = leaf.ndim - len(found[0]) - len(found[1])  # scanned layers are stacks of matrices
+    middle = first + len(found[0])
+    return optax.contrib.MuonDimensionNumbers(tuple(range(first, middle)), tuple(range(middle, leaf.ndim)))
 
   return jax.tree_util.tree_map_with_path(axes, params)
+
+
+def _orthogonalised_momentum(beta: float) -> optax.GradientTransformation:
+  """`optax.contrib.scale_by_muon`: its state and its values, in less memory on a mesh.
+
+  Optax's own has every device gather whole stacks of layers and work on all of them. Here, one stack after the other,
+
+      momentum, gradient     [L, D / fsdp, F]   a piece of every layer
+      orthogonalised         [L / fsdp, D, F]   some layers whole, filled up with zeros where fsdp does not divide L
+      update                 [L, D / fsdp, F]
+  """
+  whole = optax.contrib.scale_by_muon(beta=beta, weight_dimension_numbers=matrices, mu_dtype=jnp.float32)
+
+  def update(updates: PyTree, state: PyTree, params: Params | None = None) -> tuple[PyTree, PyTree]:
+    if on_one_cpu():
+      return whole.update(updates, state, params)
+    count = optax.safe_increment(state.count)
+    form: PyTree = jax.tree.structure(updates)
+    moments: list[Array] = form.flatten_up_to(state.mu)
+    found: list[Array] = []
+    for place, (path, gradient) in enumerate(jax.tree_util.tree_leaves_with_path(updates)):
+      mu = moments[place]
+      if found:  # not before the one before is done, or all are in memory at once
+        gradient, mu, found[-1] = jax.lax.optimization_barrier((gradient, mu, found[-1]))
+      mu = jax.lax.optimization_barrier(optax.tree.update_moment(gradient, mu, beta, 1))  # else old and new are needed to the end
+      ahead = beta * optax.tree.bias_correction(mu, beta, optax.safe_increment(count))
+      ahead += (1 - beta) * optax.tree.bias_correction(gradient, beta, count)
+      moments[place] = mu
+      found.append(_orthogonalised(ahead, _names(path)[-1], state))
+    return form.unflatten(found), state._replace(count=count, mu=form.unflatten(moments))
+
+  return optax.GradientTransformation(whole.init, update)
+
+
+def _orthogonalised(stack: Array, name: str, state: PyTree) -> Array:
+  """A matrix, or a stack of them whose layers are spread over the devices meanwhile; by optax, with the momentum switched off."""
+  alone = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=matrices)
+  axes = [axis for side in _MATRICES[name] for axis in side]
+  stacked = stack.ndim > len(axes)
+  if stacked:
+    pieces = ('layers', *axes)
+    stack, n_layers = constrain(stack, *pieces), len(stack)
+    mesh = jax.sharding.get_abstract_mesh()
+    stack = jnp.pad(stack, [(0, -n_layers % (1 if mesh.empty else mesh.shape['fsdp']))] + [(0, 0)] * len(axes))
+    stack = constrain(stack, 'whole_layers', *(None if axis == 'embed' else axis for axis in axes))
+  nothing = state._replace(count=jnp.zeros_like(state.count), mu={name: jnp.zeros_like(stack)})
+  found = alone.update({name: stack}, nothing)[0][name]
+  return constrain(found, *pieces)[:n_layers] if stacked else found
 
 
 def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
@@ -107,7 +159,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     return update * (0.2 * math.sqrt(max(sides)))
 
   orthogonal = optax.chain(
-      optax.contrib.scale_by_muon(beta=config.muon_beta, weight_dimension_numbers=matrices, mu_dtype=jnp.float32),
+      _orthogonalised_momentum(config.muon_beta),
       optax.stateless(lambda updates, _: jax.tree.map(scaled, updates, matrices(updates))),
   )
 

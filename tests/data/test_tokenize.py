@@ -1,12 +1,15 @@
 """One shard: what is in it, what is rejected, what is left after a stop."""
 
+import collections
 import dataclasses
 import json
+import time
 
 import jax
 import numpy as np
 import pytest
 
+from chameleon_jax import presets
 from chameleon_jax.data import tokenize
 from chameleon_jax.data.encode import make_encoder, prepared
 from chameleon_jax.data.sources import source as registry
@@ -82,6 +85,36 @@ def test_shards_hold_the_documents_with_their_codes(parts, tmp_path):
   assert table['image_tokenizer']['fingerprint'] == encode.fingerprint
   assert table['image_tokenizer']['n_image_tokens'] == 16
   assert sorted(path.name for path in tmp_path.iterdir()) == [*(f'shard-0000{i}-of-00003.array_record' for i in range(3)), 'tokenized.json']
+
+
+def test_batches_side_by_side_give_the_bytes_of_one_after_the_other(parts, tmp_path, monkeypatch):
+  """Also where the first of two batches takes longer than the second."""
+  files = {}
+  for at_once in (1, 2):
+    work = Tokenization(_job(tmp_path / str(at_once), 'mixed_bad', n_shards=1, max_rejects=0.1), parts)
+    assert work._at_once == 2  # the tiny encoder is small
+    monkeypatch.setattr(work, '_at_once', at_once)
+    encode, running, most = work._encode, collections.Counter(), []
+
+    def slow(pictures, encode=encode, running=running, most=most):
+      running['all'] += 1
+      running['now'] += 1
+      most.append(running['now'])
+      time.sleep(0.3 if running['all'] == 1 else 0.01)
+      running['now'] -= 1
+      return encode(pictures)
+
+    monkeypatch.setattr(work, '_encode', slow)
+    work.shard(0)
+    assert max(most) == at_once and len(most) == -(-sum(i % 4 for i in range(N) if i not in (0, 9)) // 4)
+    files[at_once] = {path.name: path.read_bytes() for path in (tmp_path / str(at_once)).iterdir() if path.name != 'job.json'}
+  assert len(files[1]) == 3 and files[1] == files[2]
+
+
+def test_large_batches_are_encoded_one_after_the_other(parts):
+  small = parts.vqgan_config
+  assert tokenize._batches_at_once(small, 64) == 2
+  assert tokenize._batches_at_once(presets.vqgan_512(), 64) == 1
 
 
 @pytest.mark.parametrize(('preprocessing', 'fit', 'convention'), [('pad', 'pad', 'meta'), ('huggingface', 'crop', 'huggingface')])

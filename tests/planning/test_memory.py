@@ -77,7 +77,10 @@ COMPILED = [
   ('34b', Layout(1, 16, 2), {'rows': 32, **PIECES}, 23.028),
   ('34b', Layout(1, 32, 4), {'rows': 64, **PIECES}, 7.992),
   ('7b', Layout(1, 16, 1), {'rows': 16, 'optimizer': 'adafactor'}, 6.336),
-  ('7b', Layout(1, 16, 1), {'rows': 16, 'optimizer': 'muon'}, 16.91),
+  ('7b', Layout(1, 16, 1), {'rows': 16, 'optimizer': 'muon'}, 8.077),
+  ('7b', Layout(1, 8, 1), {'rows': 8, 'optimizer': 'muon'}, 13.611),
+  ('7b', Layout(1, 8, 1), {'rows': 8, 'optimizer': 'muon', 'length': 128, 'chunks': 1}, 11.861),
+  ('34b', Layout(1, 64, 1), {'rows': 64, 'optimizer': 'muon'}, 13.821),
   ('7b', Layout(1, 16, 1), {'rows': 16, **LORA}, 3.390),
   ('7b', Layout(1, 4, 1), {'rows': 16, **LORA}, 12.392),
   ('7b', Layout(4, 1, 1), {'rows': 16, **LORA}, 25.233),
@@ -90,11 +93,6 @@ COMPILED = [
 @pytest.mark.parametrize(('size', 'layout', 'options', 'peak'), COMPILED)
 def test_the_peak_is_within_ten_per_cent_of_the_compilers(size, layout, options, peak):
   assert train_memory(run(size, **options), layout).peak / GIB == pytest.approx(peak, rel=0.10)
-
-
-def test_muon_is_never_planned_below_the_compiler():
-  """Its update is a bound: 7B on v5p-16 needs 16.03 GiB, and a schedule as that of v5e-16 would need 38 % more."""
-  assert 16.025 < train_memory(run('7b', 8, optimizer='muon'), Layout(1, 8, 1)).peak / GIB < 1.4 * 16.025
 
 
 @pytest.mark.parametrize('remat', ['none', 'dots', 'full'])

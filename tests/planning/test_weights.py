@@ -76,12 +76,12 @@ ANOLE = FineTuneConfig(method='selected', trainable=('lm_head',), head_rows=(4, 
 
 
 def test_what_muon_orthogonalises_at_once():
-  """The widest of the scanned stacks, and its products on the shorter side; unrolled layers go one by one."""
+  """The widest of the scanned stacks, its layers over fsdp, rounded up; unrolled layers go one by one."""
   muon = seven_b(name='muon')
   unrolled = dataclasses.replace(muon, model=dataclasses.replace(muon.model, n_layers=1, scan_layers=False))
-  assert orthogonalised(muon, Layout(2, 8, 4)) == (L * D * F // 4, L * D * D)
-  assert orthogonalised(unrolled, Layout(2, 8, 1)) == (D * F, D * D)
-  assert orthogonalised(seven_b(), Layout(1, 8, 1)) == (0, 0)
+  assert orthogonalised(muon, Layout(2, 8, 4)) == L // 8 * D * F // 4
+  assert orthogonalised(muon, Layout(1, 64, 1)) == orthogonalised(unrolled, Layout(2, 8, 1)) == D * F
+  assert orthogonalised(seven_b(), Layout(1, 8, 1)) == 0
 
 
 def test_whole_gradients():

@@ -2,18 +2,21 @@
 
 import dataclasses
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from chameleon_jax import presets
 from chameleon_jax.config import MeshConfig, OptimizerConfig
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.partitioning import make_mesh
-from chameleon_jax.training.optimizer import decayed, make_optimizer, make_schedule
+from chameleon_jax.training.optimizer import _orthogonalised_momentum, decayed, make_optimizer, make_schedule, matrices
 from chameleon_jax.training.state import abstract_state
 
 
@@ -141,6 +144,38 @@ def test_muon_takes_scanned_layers_one_by_one():
   update, _ = _muon_update(np.ones((3, 4, 2, 2), np.float32), 'q_proj', gradient)
   for layer in range(3):
     np.testing.assert_allclose(update[layer].reshape(4, 4), _orthogonalised(gradient[layer].reshape(4, 4)), rtol=1e-3, atol=1e-4)
+
+
+_STACKS = {'o_proj': (3, 2, 4, 8), 'down_proj': (3, 12, 8)}
+_SPECS = {'o_proj': (None, 'tensor', None, 'fsdp'), 'down_proj': (None, 'tensor', 'fsdp')}
+
+
+def test_muon_on_a_mesh_gives_what_optax_gives_without_gathering_a_stack():
+  """Three updates of stacks of three layers, which two devices of the fsdp axis share, and of a layer by itself."""
+  mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+  rng = np.random.default_rng(0)
+  shapes = {'layers': _STACKS, 'layers_0': {'gate_proj': (8, 12)}}
+  specs = {'layers': _SPECS, 'layers_0': {'gate_proj': ('fsdp', 'tensor')}}
+  is_shape = lambda found: isinstance(found, tuple)
+  draws = [jax.tree.map(lambda shape: rng.normal(size=shape).astype(np.float32), shapes, is_leaf=is_shape) for _ in range(3)]
+  shardings = jax.tree.map(lambda spec: NamedSharding(mesh, PartitionSpec(*spec)), specs, is_leaf=is_shape)
+  ours = _orthogonalised_momentum(0.9)
+  optaxs = optax.contrib.scale_by_muon(beta=0.9, weight_dimension_numbers=matrices, mu_dtype=jnp.float32)
+  replicated = NamedSharding(mesh, PartitionSpec())
+  laid_out = optax.contrib.MuonState(replicated, shardings, replicated)
+  expected_state, state = optaxs.init(draws[0]), jax.device_put(ours.init(draws[0]), laid_out)
+  assert jax.tree.structure(state) == jax.tree.structure(expected_state)
+  with jax.set_mesh(mesh):
+    update = jax.jit(ours.update, out_shardings=(shardings, laid_out))
+    update = update.lower(jax.device_put(draws[0], shardings), state).compile()
+  assert 'all-to-all' in update.as_text()
+  assert not re.search(r'f32\[[34],(6|12),8\]|f32\[[34],[12],4,8\]', update.as_text())  # all layers, all that fsdp cuts
+  reference = jax.jit(optaxs.update)
+  for draw in draws:
+    expected, expected_state = reference(draw, expected_state)
+    found, state = update(jax.device_put(draw, shardings), state)
+    assert jax.tree.structure(state) == jax.tree.structure(expected_state)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), (found, state), (expected, expected_state))
 
 
 def test_adafactor_divides_by_the_factored_root_mean_square():
