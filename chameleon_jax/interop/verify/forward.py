@@ -56,7 +56,8 @@ class Stage:
 
 def plain_config(config: TransformerConfig) -> TransformerConfig:
   """The same network in float32, unrolled, without dropout."""
-  return dataclasses.replace(config, dtype='float32', param_dtype='float32', scan_layers=False, remat='none', dropout=0.0)
+  plain = {'dtype': 'float32', 'param_dtype': 'float32', 'attention_implementation': 'auto'}
+  return dataclasses.replace(config, scan_layers=False, remat='none', dropout=0.0, **plain)
 
 
 def run_stages(model: LazyModel, tokens: Tokens, dtype: Dtype) -> Iterator[Stage]:
