@@ -23,7 +23,15 @@ from benchmark_pictures import ROUNDED, Pictures
 from benchmark_protocol import CompileClock, Contestant, Protocol, Row, race
 
 from chameleon_jax import presets
-from chameleon_jax.config import AttentionImplementation, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, TransformerConfig, VQGANConfig
+from chameleon_jax.config import (
+  AttentionImplementation,
+  DataConfig,
+  MeshConfig,
+  OptimizerConfig,
+  TrainConfig,
+  TransformerConfig,
+  VQGANConfig,
+)
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.interop.native import abstract_transformer
 from chameleon_jax.models.transformer import attention
@@ -227,8 +235,9 @@ def attention_problem(work: Work, kernel: AttentionImplementation) -> str | None
   """
   model, length = work.sizes.transformer, 96 if work.sizes.name == 'tiny' else GATE_LENGTH
   rng = np.random.default_rng(1)
-  heads = model.n_heads // model.n_kv_heads * min(model.n_kv_heads, 2), min(model.n_kv_heads, 2)
-  q, k, v, weights = (rng.standard_normal((2, length, n, model.d_head)).astype(np.float32) for n in (heads[0], heads[1], heads[1], heads[0]))
+  keys = min(model.n_kv_heads, 2)
+  heads = (model.n_heads // model.n_kv_heads * keys, keys, keys, model.n_heads // model.n_kv_heads * keys)
+  q, k, v, weights = (rng.standard_normal((2, length, n, model.d_head)).astype(np.float32) for n in heads)
   ends = [length // 7, length // 2, length - length // 5]
   documents = np.array([[0, *ends], [0, ends[0] + 1, ends[1] - 1, length]])
   ids = np.stack([np.searchsorted(row[1:], np.arange(length), side='right') + 1 for row in documents])

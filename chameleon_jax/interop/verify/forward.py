@@ -56,8 +56,8 @@ class Stage:
 
 def plain_config(config: TransformerConfig) -> TransformerConfig:
   """The same network in float32, unrolled, without dropout."""
-  plain = {'dtype': 'float32', 'param_dtype': 'float32', 'attention_implementation': 'auto'}
-  return dataclasses.replace(config, scan_layers=False, remat='none', dropout=0.0, **plain)
+  config = dataclasses.replace(config, attention_implementation='auto')
+  return dataclasses.replace(config, dtype='float32', param_dtype='float32', scan_layers=False, remat='none', dropout=0.0)
 
 
 def run_stages(model: LazyModel, tokens: Tokens, dtype: Dtype) -> Iterator[Stage]:

@@ -120,7 +120,7 @@ def attend_pallas(
     return jax.vmap(run, in_axes=(3, None, None), out_axes=3)(groups, k, v).reshape(q.shape)
 
   padded = [jnp.pad(x.astype(dtype), ((0, 0), (0, missing), (0, 0), (0, 0))) for x in (q, k, v)]
-  names = [('batch', 'length', f'act_{heads}', 'd_head') for heads in ('heads', 'kv_heads', 'kv_heads')]
+  names: list[tuple[str, ...]] = [('batch', 'length', f'act_{heads}', 'd_head') for heads in ('heads', 'kv_heads', 'kv_heads')]
   if segment_ids is not None:
     padded.append(jnp.pad(jnp.asarray(segment_ids), ((0, 0), (0, missing))))
     names.append(('batch', 'length'))
@@ -134,8 +134,8 @@ def _kernels() -> Any:
       warnings.simplefilter('ignore', DeprecationWarning)
       return importlib.import_module('jax.experimental.pallas.ops.gpu.attention')
   except ImportError as error:
-    message = f"jax {jax.__version__} has no Pallas attention for GPUs; set model.attention_implementation to 'auto', or install jax 0.10 to 0.12"
-    raise ConfigError(message) from error
+    advice = "set model.attention_implementation to 'auto', or install jax 0.10 to 0.12"
+    raise ConfigError(f'jax {jax.__version__} has no Pallas attention for GPUs; {advice}') from error
 
 
 def _block_sizes() -> Any:
