@@ -273,14 +273,14 @@ def train(work: Work) -> Iterator[Row]:
     yield work.row(case, 'gate', '-', f'not timed: {problem}', False)
     return
   rows, length = sizes.train
-  whole = sizes.transformer.n_layers
+  whole, half = sizes.transformer.n_layers, max(1, sizes.transformer.n_layers // 2)
   variants: list[tuple[int, Any, bool, AttentionImplementation]] = [
     (whole, 'full', True, 'blockwise'),
     (whole, 'dots', True, 'cudnn'),
     (whole, 'dots', True, 'pallas'),
     (whole, 'dots', True, 'blockwise'),
-    (whole // 2, 'dots', False, 'cudnn'),
-    (whole // 2, 'dots', False, 'pallas'),
+    (half, 'dots', False, 'cudnn'),
+    (half, 'dots', False, 'pallas'),
   ]
   refused: dict[AttentionImplementation, str | None] = {}
   for place, (n_layers, remat, scanned, kernel) in enumerate(variants):
