@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from chameleon_jax import presets
 from chameleon_jax.config import MeshConfig
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer import attention, gpu_attention
 from chameleon_jax.models.transformer.model import Transformer
-from chameleon_jax.partitioning import make_mesh
+from chameleon_jax.partitioning import AXES, make_mesh
 
 INTERPRETED = functools.partial(gpu_attention.attend_pallas, interpret=True)
 
@@ -97,7 +97,9 @@ def lowered_for_cuda(attend, *shapes) -> str:
   """Text of the program of forward and backward pass for CUDA, which needs no GPU to be written."""
   given = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
   loss = lambda q, k, v: attend(q, k, v).astype(jnp.float32).sum()
-  return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*given).lower(lowering_platforms=('cuda',)).as_text()
+  card = AbstractDevice(device_kind='NVIDIA H100 80GB HBM3', num_cores=None, platform='gpu')
+  with use_abstract_mesh(AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=card)):
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*given).lower(lowering_platforms=('cuda',)).as_text()
 
 
 @pytest.mark.parametrize(('heads', 'kv_heads', 'd_head', 'length'), [(4, 4, 128, 4096), (8, 1, 128, 300), (2, 2, 24, 128)])
@@ -105,7 +107,8 @@ def test_pallas_is_accepted_for_cuda(heads, kv_heads, d_head, length):
   """Its blocks, head sizes and grouped heads pass the compiler's front end: three kernels, forward, row sums and backward."""
   shapes = (2, length, heads, d_head), *2 * ((2, length, kv_heads, d_head),)
   ids = packed_rows(2, length)
-  text = lowered_for_cuda(lambda q, k, v: gpu_attention.attend_pallas(q, k, v, segment_ids=ids, dtype='bfloat16'), *shapes)
+  asked = {'segment_ids': ids, 'dtype': 'bfloat16', 'implementation': 'pallas'}
+  text = lowered_for_cuda(lambda q, k, v: attention.attend_rows(q, k, v, **asked), *shapes)
   assert text.count('custom_call @__gpu$xla.gpu.triton') == 3
 
 
@@ -113,7 +116,7 @@ def test_cudnn_is_asked_for_causal_attention_of_grouped_heads():
   from jax._src.cudnn import fused_attention_stablehlo
 
   with mock.patch.object(fused_attention_stablehlo, 'check_cudnn_version', lambda: 91_000):
-    attend = lambda q, k, v: gpu_attention.attend_cudnn(q, k, v, dtype='bfloat16')
+    attend = lambda q, k, v: attention.attend_rows(q, k, v, segment_ids=None, dtype='bfloat16', implementation='cudnn')
     text = lowered_for_cuda(attend, (3, 200, 4, 64), (3, 200, 2, 64), (3, 200, 2, 64))
   assert re.findall(r'custom_call @(__cudnn\S*?)\(', text) == ['__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward']
   for config in re.findall(r'backend_config = "(\{.*?\})"', text):
