@@ -1,8 +1,8 @@
 """Training and the image tokenizer for `benchmark_gpu.py`: what one accelerator does with the released sizes, absolute, random weights.
 
 Each case runs in a process of its own with a deadline and yields a row as soon as it has one; a part for which no time is left says so.
-Gates compare with plain forms first: a training step with whole attention and whole logits, bfloat16 codes and pixels with float32. Weights
-are made on the device. Rates are shares of the products and copies of the same process.
+Gates compare with plain forms first: a training step with whole attention and whole logits, each attention in bfloat16, bfloat16 codes and
+pixels with float32. Weights are made on the device. Rates are shares of the products and copies of the same process.
 """
 
 import contextlib
@@ -23,7 +23,16 @@ from benchmark_pictures import ROUNDED, Pictures
 from benchmark_protocol import CompileClock, Contestant, Protocol, Row, race
 
 from chameleon_jax import presets
-from chameleon_jax.config import DataConfig, MeshConfig, OptimizerConfig, TrainConfig, TransformerConfig, VQGANConfig
+from chameleon_jax.config import (
+  AttentionImplementation,
+  DataConfig,
+  MeshConfig,
+  OptimizerConfig,
+  TrainConfig,
+  TransformerConfig,
+  VQGANConfig,
+)
+from chameleon_jax.errors import ConfigError
 from chameleon_jax.interop.native import abstract_transformer
 from chameleon_jax.models.transformer import attention
 from chameleon_jax.models.transformer.model import Transformer, stack_layers
@@ -129,8 +138,8 @@ class Work:
   def plain(self) -> Iterator[None]:
     """Traced under it, rows attend by the plain form, all scores at once; products in full precision."""
 
-    def whole(q: Any, k: Any, v: Any, *, segment_ids: Any, dtype: Any) -> Any:
-      del segment_ids  # one document a row
+    def whole(q: Any, k: Any, v: Any, *, segment_ids: Any, dtype: Any, implementation: Any) -> Any:
+      del segment_ids, implementation  # one document a row
       return attention.attend(q, k, v, attention.causal_mask(q.shape[1]), dtype=dtype)
 
     with mock.patch.object(attention, 'attend_rows', whole), jax.default_matmul_precision('highest'):
@@ -171,7 +180,10 @@ def _train_config(model: TransformerConfig, vocabulary: Any, shape: tuple[int, i
 
 
 class Trainer:
-  """A state made on the device, from `params` (stacked as the config has its layers) or anew, and its step on random tokens."""
+  """A state made on the device, from `params` (stacked as the config has its layers) or anew, and its step on random tokens.
+
+  A row is one document; it comes with segment ids, as packed rows do, but for cuDNN, which knows none.
+  """
 
   def __init__(self, config: TrainConfig, params: Any = None):
     self._mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
@@ -182,7 +194,9 @@ class Trainer:
     text = np.random.default_rng(0).integers(0, config.model.vocab_size, (rows, length + 1)).astype(np.int32)
     self._batch = {'tokens': text[:, :-1], 'targets': text[:, 1:], 'loss_weights': np.ones((rows, length), np.float32)}
     places = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
-    self._batch |= {'segment_ids': np.ones((rows, length), np.int32), 'positions': places}
+    self._batch['positions'] = places
+    if config.model.attention_implementation != 'cudnn':
+      self._batch['segment_ids'] = np.ones((rows, length), np.int32)
 
   def __call__(self, _: Any = None) -> tuple[float, float]:
     """(loss, gradient norm)."""
@@ -214,6 +228,43 @@ def _training_differs(work: Work) -> str | None:
   return None if off <= GRADIENT else f'loss and gradient norm of two float32 steps {found} against {expected} in the plain form'
 
 
+def attention_problem(work: Work, kernel: AttentionImplementation) -> str | None:
+  """Why a way to compute attention is not timed: it cannot serve or run here, or lies too far from the plain form in float32.
+
+  Compared are the context and its gradients by queries, keys and values, packed rows with padding but for cuDNN.
+  """
+  model, length = work.sizes.transformer, 96 if work.sizes.name == 'tiny' else GATE_LENGTH
+  rng = np.random.default_rng(1)
+  keys = min(model.n_kv_heads, 2)
+  heads = (model.n_heads // model.n_kv_heads * keys, keys, keys, model.n_heads // model.n_kv_heads * keys)
+  q, k, v, weights = (rng.standard_normal((2, length, n, model.d_head)).astype(np.float32) for n in heads)
+  ends = [length // 7, length // 2, length - length // 5]
+  documents = np.array([[0, *ends], [0, ends[0] + 1, ends[1] - 1, length]])
+  ids = np.stack([np.searchsorted(row[1:], np.arange(length), side='right') + 1 for row in documents])
+  segments = None if kernel == 'cudnn' else np.where(ids > 3, 0, ids).astype(np.int32)
+
+  def results(implementation: AttentionImplementation, dtype: Any) -> list[Any]:
+    def loss(*operands: Any) -> Any:
+      context = attention.attend_rows(*operands, segment_ids=segments, dtype=dtype, implementation=implementation)
+      return jnp.sum(context * weights), context
+
+    gradients, context = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+    return [np.asarray(x, np.float32) for x in (context, *gradients)]
+
+  try:
+    found = results(kernel, 'bfloat16')
+  except ConfigError as error:
+    return str(error)
+  except (RuntimeError, ValueError, NotImplementedError) as error:  # a kernel that nobody has run here must not end the case
+    return f'it does not run: {" ".join(str(error).split())[:200]}'
+  with jax.default_matmul_precision('highest'):
+    expected = results('plain', 'float32')
+  off = [float(np.sqrt(np.mean(np.square(a - b)) / np.mean(np.square(b)))) for a, b in zip(found, expected)]
+  if max(off) <= ROUNDED:
+    return None
+  return f'context and gradients are {", ".join(f"{x:.1e}" for x in off)} off the plain form, root mean square (limit {ROUNDED})'
+
+
 def train(work: Work) -> Iterator[Row]:
   """Steps at the width of the 7B: float32 masters, bfloat16 products and first moments."""
   sizes, case = work.sizes, 'train'
@@ -222,17 +273,32 @@ def train(work: Work) -> Iterator[Row]:
     yield work.row(case, 'gate', '-', f'not timed: {problem}', False)
     return
   rows, length = sizes.train
-  variants: list[tuple[int, Any, bool]] = [
-    (sizes.transformer.n_layers, 'full', True),
-    (sizes.transformer.n_layers, 'dots', True),
-    (sizes.transformer.n_layers // 2, 'dots', False),
+  whole, half = sizes.transformer.n_layers, max(1, sizes.transformer.n_layers // 2)
+  variants: list[tuple[int, Any, bool, AttentionImplementation]] = [  # first the attentions side by side
+    (half, 'dots', True, 'pallas'),
+    (half, 'dots', True, 'cudnn'),
+    (half, 'dots', True, 'blockwise'),
+    (whole, 'full', True, 'pallas'),
+    (whole, 'full', True, 'blockwise'),
+    (half, 'dots', False, 'pallas'),
+    (whole, 'dots', True, 'pallas'),
   ]
-  for place, (n_layers, remat, scanned) in enumerate(variants):
-    what = f'{n_layers} layers, {rows} x {length}, remat {remat}, layers {"scanned" if scanned else "unrolled"}'
-    if place and work.left < 90:
-      yield work.row(case, what, '-', f'not measured: {work.left:.0f} s left of the budget, it needs 90', None)
+  timed = False
+  refused: dict[AttentionImplementation, str | None] = {}
+  for n_layers, remat, scanned, kernel in variants:
+    what = f'{n_layers} layers, {rows} x {length}, remat {remat}, layers {"scanned" if scanned else "unrolled"}, attention {kernel}'
+    if kernel not in refused:
+      refused[kernel] = attention_problem(work, kernel)
+    if refused[kernel]:
+      yield work.row(case, what, '-', f'not timed: {refused[kernel]}', None)
       continue
-    model = dataclasses.replace(sizes.transformer, n_layers=n_layers, remat=remat, scan_layers=scanned, param_dtype='float32')
+    needed = 45 if scanned else 90  # mostly compilation; an estimate, no GPU was at hand
+    if timed and work.left < needed:
+      yield work.row(case, what, '-', f'not measured: {work.left:.0f} s left of the budget, it needs {needed}', None)
+      continue
+    timed = True
+    changes: dict[str, Any] = {'n_layers': n_layers, 'remat': remat, 'scan_layers': scanned, 'attention_implementation': kernel}
+    model = dataclasses.replace(sizes.transformer, param_dtype='float32', **changes)
     config = _train_config(model, vocabulary_of(sizes), sizes.train, 8, momentum_dtype='bfloat16')
     try:
       trainer = Trainer(config)

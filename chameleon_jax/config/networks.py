@@ -7,6 +7,7 @@ from chameleon_jax.config.checks import require, require_fraction, require_posit
 
 Dtype = Literal['float32', 'bfloat16']
 Quantization = Literal['int8']
+AttentionImplementation = Literal['auto', 'plain', 'blockwise', 'cudnn', 'pallas']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +15,8 @@ class TransformerConfig:
   """The mixed-modal decoder (paper section 2.3).
 
   `norm_position='pre'` is the 7B block, `'post'` the re-ordered (Swin) block of the 34B.
-  `dtype` is the compute type, `param_dtype` the type of the master weights.
+  `dtype` is the compute type, `param_dtype` the type of the master weights. `attention_implementation` says what computes
+  attention inside rows: 'auto' chooses, and what cannot run is refused, never replaced (`attention.choose`).
   """
 
   vocab_size: int
@@ -36,6 +38,7 @@ class TransformerConfig:
   param_dtype: Dtype = 'float32'
   scan_layers: bool = True
   remat: Literal['none', 'dots', 'full'] = 'none'
+  attention_implementation: AttentionImplementation = 'auto'
   sequence_parallel: bool = False  # between the blocks, rows are split along their length over mesh.tensor (arXiv 2205.05198)
 
   def __post_init__(self):

@@ -255,7 +255,7 @@ def load_tokenizers(path: str | os.PathLike[str]) -> ModelParts:
 
 
 def _loaded_config(config: TransformerConfig, model: LazyModel, dtype: Dtype | None) -> TransformerConfig:
-  config = dataclasses.replace(config, scan_layers=False, remat='none', sequence_parallel=False)
+  config = dataclasses.replace(config, scan_layers=False, remat='none', sequence_parallel=False, attention_implementation='auto')
   if dtype is None:
     if model.format == 'orbax' or model.transformer is None:
       return config

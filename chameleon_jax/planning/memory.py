@@ -116,7 +116,8 @@ def _kept(model: TransformerConfig, length: int, fine_tune: FineTuneConfig) -> t
 
     return jax.vjp(hidden, trained)[1]  # what this function closes over is what was kept
 
-  with use_abstract_mesh(Layout(1, 1, 1).mesh()):
+  platform = 'tpu' if model.attention_implementation in ('auto', 'plain', 'blockwise') else 'gpu'  # where its kernel can run at all
+  with use_abstract_mesh(Layout(1, 1, 1).mesh(platform)):
     jaxpr = jax.make_jaxpr(backward)(jax.eval_shape(tuning.split, params, key), ids, ids, ids, key).jaxpr
   given = set(jaxpr.invars)
   found = [leaf.aval for leaf in jaxpr.outvars if not isinstance(leaf, core.Literal) and leaf not in given]

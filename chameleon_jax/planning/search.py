@@ -10,8 +10,10 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterable, Iterator
+from typing import Any
 
-from chameleon_jax.config import MeshConfig, TrainConfig
+from chameleon_jax.config import MeshConfig, TrainConfig, TransformerConfig
+from chameleon_jax.models.transformer.attention import choose
 from chameleon_jax.planning.layout import Layout, misfit
 from chameleon_jax.planning.memory import Memory, Remat, sample_memory, train_memory
 from chameleon_jax.planning.speed import Assumptions, Requests, Speed, decode_speed, train_speed
@@ -94,10 +96,11 @@ def plan_train(config: TrainConfig, topology: Topology, *, assumptions: Assumpti
     limit: bytes of a chip to stay within; all its memory by default.
 
   Raises:
-    ConfigError: `config.mesh` does not give the machine's number of devices.
+    ConfigError: `config.mesh` does not give the machine's number of devices, or its chips cannot run the attention that is asked for.
   """
   limit = topology.memory if limit is None else limit
   layout = Layout.of(config.mesh, topology.n_chips)
+  _check_attention(config.model, topology)
 
   def timed(way: Way) -> tuple[Way, Speed]:
     return way, train_speed(way[0], topology, way[1], assumptions)
@@ -116,6 +119,12 @@ def plan_train(config: TrainConfig, topology: Topology, *, assumptions: Assumpti
   best, least = _choose(map(looked_at, ways), before, room)
   changes = _flags(before, best) if best is not None else _larger_for_training(config, topology, limit)
   return Plan(given, best, least, _reasons(refused, given, best, least, limit), tuple(changes), len(ways))
+
+
+def _check_attention(model: TransformerConfig, topology: Topology) -> None:
+  """Raises what the training step would raise on that machine, whose rows are packed."""
+  facts: dict[str, Any] = {'length': model.max_seq_len, 'dtype': model.dtype, 'd_head': model.d_head, 'packed': True}
+  choose(model.attention_implementation, platform=topology.chip.kind, generation=None, **facts)
 
 
 def plan_sample(

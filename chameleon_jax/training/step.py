@@ -22,7 +22,7 @@ from chameleon_jax.training.optimizer import make_schedule
 from chameleon_jax.training.state import TrainState, abstract_frozen, state_shardings
 from chameleon_jax.training.trainable import Tuning
 
-Batch = dict[str, Array]  # tokens, targets, loss_weights, segment_ids, positions, each [B, T]
+Batch = dict[str, Array]  # tokens, targets, loss_weights, positions and, where rows are packed, segment_ids, each [B, T]
 Metrics = dict[str, PyTree]  # float32 scalars, but for what diagnostics add
 
 _PER_LAYER = 'per_layer'  # the model's diagnostics as they are, [L] each
@@ -41,7 +41,7 @@ def _loss_sums(
       variables,
       batch['tokens'],
       positions=batch['positions'],
-      segment_ids=batch['segment_ids'],
+      segment_ids=batch.get('segment_ids'),  # without them a row is one document
       deterministic=key is None,
       rngs=None if key is None else {'dropout': key},
       method='hidden',

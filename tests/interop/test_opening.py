@@ -146,6 +146,12 @@ def test_our_own_config_decides_by_itself():
   assert {leaf.dtype.name for leaf in jax.tree.leaves(parts.transformer_params)} == {'float32'}
 
 
+def test_how_it_was_trained_does_not_decide_how_it_runs_here():
+  """Kernels of the machine it was trained on, pieces of rows and what was recomputed."""
+  model = a_model(format='orbax', attention_implementation='pallas', sequence_parallel=True, remat='full')
+  assert load_parts(model).transformer_config == presets.tiny_transformer(scan_layers=False)
+
+
 def test_weights_are_split_over_a_mesh_and_the_same():
   model = a_model()
   mesh = make_mesh(MeshConfig(fsdp=4, tensor=2))

@@ -40,6 +40,13 @@ def test_products_kept_by_dots():
   assert bf16 + T * 4096 * 4 + T * 32 * 4 <= found.layer < 1.001 * (bf16 + T * 4096 * 4 + T * 32 * 4)
 
 
+def test_what_the_pallas_kernel_keeps():
+  """Its context is bfloat16, where that of the blockwise form is float32; the log-sums are float32 in both."""
+  seven = dataclasses.replace(presets.chameleon_7b(), remat='dots')
+  saved = kept(seven, 1, T).layer - kept(dataclasses.replace(seven, attention_implementation='pallas'), 1, T).layer
+  assert saved == T * 4096 * 2
+
+
 def test_tensor_axis_cuts_heads_and_inner_width_but_not_the_stream():
   share = share_of_device(dataclasses.replace(presets.chameleon_34b(), remat='dots'), Layout(1, 8, 4))
   bf16 = T * (3 * 8192 + (2 * 64 * 128 + 2 * 2 * 8 * 128) // 8 + 2 * 22_016 // 4) * 2

@@ -45,6 +45,16 @@ def table(monkeypatch):
   return set_table
 
 
+@pytest.mark.parametrize(
+  ('kernel', 'machine', 'says'),
+  [('pallas', 'v5e-4', 'this program is for tpu'), ('pallas', '8xh100', 'model.d_head is 8'), ('cudnn', '8xh100', 'model.d_head is 12')],
+)
+def test_attention_that_the_machine_cannot_run_is_told(kernel, machine, says):
+  config = tiny(attention_implementation=kernel, dtype='bfloat16', d_head=12 if kernel == 'cudnn' else 8)
+  with pytest.raises(ConfigError, match=says):
+    search.plan_train(config, parse_topology(machine))
+
+
 def test_layouts_of_four():
   found = [(layout.data, layout.fsdp, layout.tensor) for layout in search.layouts(4)]
   assert found == [(1, 1, 4), (1, 2, 2), (1, 4, 1), (2, 1, 2), (2, 2, 1), (4, 1, 1)]

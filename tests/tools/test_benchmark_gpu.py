@@ -1,6 +1,7 @@
 """The script for one GPU, on the CPU at its smallest: it keeps to its budget, and its gates refuse."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import pathlib
@@ -149,6 +150,65 @@ def test_a_step_that_differs_from_the_plain_form_is_refused(tools, work, monkeyp
   monkeypatch.setattr(tools.gpu_cases.attention, 'attend', lambda q, k, v, mask, *, dtype: 0.9 * honest(q, k, v, mask, dtype=dtype))
   (row,) = tools.gpu_cases.train(work)
   assert row.reached is False and 'in the plain form' in row.value
+
+
+@pytest.fixture
+def as_on_a_gpu(tools, monkeypatch):
+  """Kernels of GPUs run interpreted, for models whose heads are wide enough."""
+  attention = tools.gpu_cases.attention
+  honest = attention.gpu_attention.attend_pallas
+  monkeypatch.setattr(attention.gpu_attention, 'obstacle', lambda kernel, **_: None if kernel == 'pallas' else 'which is not here')
+  monkeypatch.setattr(attention.gpu_attention, 'attend_pallas', functools.partial(honest, interpret=True))
+  return attention.gpu_attention
+
+
+def test_an_attention_that_cannot_run_is_told_and_not_timed(tools, work):
+  assert tools.gpu_cases.attention_problem(work, 'blockwise') is None
+  for kernel in ('cudnn', 'pallas'):
+    assert 'which is a kernel for GPUs, and this program is for cpu' in tools.gpu_cases.attention_problem(work, kernel)
+
+
+def test_an_attention_kernel_is_compared_before_it_is_timed(tools, work, as_on_a_gpu, monkeypatch):
+  assert tools.gpu_cases.attention_problem(work, 'pallas') is None
+  assert tools.gpu_cases.attention_problem(work, 'cudnn').endswith("which is not here; set it to 'auto', which takes what can serve")
+  honest = as_on_a_gpu.attend_pallas
+  monkeypatch.setattr(as_on_a_gpu, 'attend_pallas', lambda *a, segment_ids, dtype: honest(*a, segment_ids=None, dtype=dtype))
+  assert 'off the plain form' in tools.gpu_cases.attention_problem(work, 'pallas')  # one that forgets the documents
+
+  def fails(*a, **b):
+    raise RuntimeError('INTERNAL: the compiler\n  gave up')
+
+  monkeypatch.setattr(as_on_a_gpu, 'attend_pallas', fails)
+  assert tools.gpu_cases.attention_problem(work, 'pallas') == 'it does not run: INTERNAL: the compiler gave up'
+
+
+def test_the_variants_of_training_are_all_named(tools, work, monkeypatch):
+  """Where the gate lets Pallas through and cuDNN not, and time ends after the first: each says so, under the name of its attention."""
+  cases, seen = tools.gpu_cases, []
+
+  def trainer(config):
+    seen.append((config.model.attention_implementation, config.model.remat))
+    return lambda _=None: (1.0, 1.0)
+
+  monkeypatch.setattr(cases, '_training_differs', lambda work: None)
+  monkeypatch.setattr(cases, 'attention_problem', lambda work, kernel: 'it is not here' if kernel == 'cudnn' else None)
+  monkeypatch.setattr(cases, 'Trainer', trainer)
+  said = [(row.what.split('attention ')[1], row.value) for row in cases.train(work)]
+  timed = [name for name, value in said if 'MFU' in value]
+  assert [line for line in said if line[0] == 'cudnn'] == [('cudnn', 'not timed: it is not here')]
+  assert timed == ['pallas', 'blockwise', 'pallas', 'blockwise', 'pallas', 'pallas'] == [name for name, _ in seen]
+  assert [remat for _, remat in seen] == ['dots', 'dots', 'full', 'full', 'dots', 'dots']
+  work.deadline = time.monotonic()
+  assert [row.value.split(':')[0] for row in cases.train(work)][1:] == ['not timed', *5 * ['not measured']]
+
+
+def test_rows_come_without_documents_for_cudnn_alone(tools, work, monkeypatch):
+  monkeypatch.setattr(tools.gpu_cases, 'init_state', lambda *a, **b: None)
+  monkeypatch.setattr(tools.gpu_cases, 'make_train_step', lambda *a, **b: None)
+  for kernel in ('blockwise', 'pallas', 'cudnn'):
+    model = dataclasses.replace(work.sizes.transformer, attention_implementation=kernel)
+    batch = tools.gpu_cases.Trainer(tools.gpu_cases._train_config(model, tools.gpu_cases.vocabulary_of(work.sizes), (2, 8), 1))._batch
+    assert ('segment_ids' in batch) == (kernel != 'cudnn') and set(batch) >= {'tokens', 'targets', 'loss_weights', 'positions'}
 
 
 def test_pixels_or_codes_off_are_refused(tools, work, monkeypatch):

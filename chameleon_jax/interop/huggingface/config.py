@@ -308,5 +308,6 @@ def _if_readable(read: Any, base: Mapping[str, Any]) -> Any:
 def _same(config: Any, other: Any) -> bool:
   """Whether two configs agree in all that config.json can hold; types, dropout and the like are not its business."""
   apart = {'dropout', 'init_std', 'dtype', 'param_dtype', 'scan_layers', 'remat', 'commitment_weight', 'codebook_weight'}
+  apart |= {'attention_implementation'}
   names = [field.name for field in dataclasses.fields(config) if field.name not in apart]
   return other is not None and all(getattr(config, name) == getattr(other, name) for name in names)

@@ -56,6 +56,7 @@ class Stage:
 
 def plain_config(config: TransformerConfig) -> TransformerConfig:
   """The same network in float32, unrolled, without dropout."""
+  config = dataclasses.replace(config, attention_implementation='auto')
   return dataclasses.replace(config, dtype='float32', param_dtype='float32', scan_layers=False, remat='none', dropout=0.0)
 
 

@@ -6,12 +6,16 @@ are never repeated. Scores and softmax are float32; the two products take operan
 Does not know: projections, norms or rotations (those are done by the caller), nor how the cache is written.
 """
 
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
 from chameleon_jax.array_types import Array, Mask, Positions, SegmentIds
-from chameleon_jax.config import Dtype
+from chameleon_jax.config import AttentionImplementation, Dtype
+from chameleon_jax.errors import ConfigError
+from chameleon_jax.models.transformer import gpu_attention
 from chameleon_jax.models.transformer.blockwise import attend_blockwise, attend_slots
 from chameleon_jax.partitioning import target_platform
 
@@ -64,22 +68,75 @@ def attend(
   return summed.reshape(q.shape).astype(dtype)
 
 
-def _block() -> int:
-  """Queries and keys of a block. Of two CPU cores, 64 is the fastest (its scores stay in the cache); elsewhere fewer and larger products are."""
-  return 64 if target_platform() == 'cpu' else 512
+def choose(
+    asked: AttentionImplementation,
+    *,
+    platform: str,
+    generation: gpu_attention.Generation | None,
+    length: int,
+    dtype: Dtype,
+    d_head: int,
+    packed: bool,
+) -> Literal['plain', 'blockwise', 'cudnn', 'pallas']:
+  """What computes attention inside rows of `length` tokens.
+
+    asked        rows of one block    longer rows
+    auto         plain                blockwise; on a GPU cudnn where it can serve, which is never with segment_ids
+    any other    that one             that one
+
+  On a GPU 'auto' takes what jax documents for it. Packed rows stay blockwise there until somebody measures 'pallas' on one.
+
+  Args:
+    asked: by `TransformerConfig.attention_implementation`.
+    platform, generation, dtype, d_head, packed: as in `gpu_attention.obstacle`.
+    length: of a row.
+
+  Raises:
+    ConfigError: one line, why the kernel that was asked for cannot serve.
+  """
+  facts: dict[str, Any] = {'platform': platform, 'generation': generation, 'dtype': dtype, 'd_head': d_head, 'packed': packed}
+  if asked == 'auto':
+    if length <= block_size(platform):
+      return 'plain'
+    known = platform == 'gpu' and generation is not None
+    return 'cudnn' if known and gpu_attention.obstacle('cudnn', **facts) is None else 'blockwise'
+  if asked in ('cudnn', 'pallas'):
+    problem = gpu_attention.obstacle(asked, **facts)
+    if problem:
+      raise ConfigError(f"model.attention_implementation is '{asked}', {problem}; set it to 'auto', which takes what can serve")
+  return asked
+
+
+def block_size(platform: str) -> int:
+  """Tokens of a block. Of two CPU cores, 64 is the fastest (its scores stay in the cache); elsewhere fewer and larger products are."""
+  return 64 if platform == 'cpu' else 512
 
 
 def attend_rows(
-    q: Float[Array, 'B T N H'], k: Float[Array, 'B T K H'], v: Float[Array, 'B T K H'], *, segment_ids: SegmentIds | None, dtype: Dtype
+    q: Float[Array, 'B T N H'],
+    k: Float[Array, 'B T K H'],
+    v: Float[Array, 'B T K H'],
+    *,
+    segment_ids: SegmentIds | None,
+    dtype: Dtype,
+    implementation: AttentionImplementation = 'auto',
 ) -> Float[Array, 'B T N H']:
   """Attention inside rows: causal, closed in each segment where `segment_ids` are given.
 
-  Rows longer than one block run blockwise.
+  Raises:
+    ConfigError: the implementation that was asked for cannot serve (`choose`).
   """
   batch, length, n_heads, d_head = q.shape
-  block = _block()
-  if length <= block:
+  platform, packed = target_platform(), segment_ids is not None
+  generation = gpu_attention.generation() if platform == 'gpu' else None
+  chosen = choose(implementation, platform=platform, generation=generation, length=length, dtype=dtype, d_head=d_head, packed=packed)
+  if chosen == 'cudnn':
+    return gpu_attention.attend_cudnn(q, k, v, dtype=dtype)
+  if chosen == 'pallas':
+    return gpu_attention.attend_pallas(q, k, v, segment_ids=segment_ids, dtype=dtype)
+  if chosen == 'plain':
     return attend(q, k, v, causal_mask(length) if segment_ids is None else segment_mask(segment_ids), dtype=dtype)
+  block = block_size(platform)
   if segment_ids is None:
     segment_ids = jnp.ones((batch, length), jnp.int32)
   missing = -length % block
@@ -109,7 +166,7 @@ def attend_cache(
   cache: casting a whole cache would cost more than the products.
   """
   batch, length, n_heads, d_head = q.shape
-  n_kv_heads, block = k.shape[1], _block()
+  n_kv_heads, block = k.shape[1], block_size(target_platform())
   if length >= block and k.shape[2] >= block:
     missing = -length % block
     padded = jnp.swapaxes(jnp.pad((q * d_head**-0.5).astype(dtype), ((0, 0), (0, missing), (0, 0), (0, 0))), 1, 2)

@@ -127,7 +127,8 @@ class Attention(nn.Module):
     bound = jnp.sqrt(jnp.max(jnp.sum(jnp.square(q), axis=-1)) * jnp.max(jnp.sum(jnp.square(k), axis=-1)) / d_head)
 
     if layer_cache is None:
-      context = attention.attend_rows(q, k, v, segment_ids=segment_ids, dtype=config.dtype)
+      asked = 'auto' if self.is_initializing() else config.attention_implementation  # shapes are asked for on any machine
+      context = attention.attend_rows(q, k, v, segment_ids=segment_ids, dtype=config.dtype, implementation=asked)
     else:
       layer_cache = cache.write(layer_cache, k, v, positions)
       context = attention.attend_cache(q, *layer_cache, positions=positions, dtype=config.dtype)

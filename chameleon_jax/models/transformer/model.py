@@ -27,6 +27,7 @@ from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer import rope
 from chameleon_jax.models.transformer.blockwise import CONTEXT
 from chameleon_jax.models.transformer.cache import KVCache
+from chameleon_jax.models.transformer.gpu_attention import is_cudnn_forward
 from chameleon_jax.models.transformer.layers import Layer, RMSNorm, adapter_of, add_kernel, between_blocks, inside_block
 from chameleon_jax.models.transformer.linear import PROJECTION, linear
 from chameleon_jax.models.transformer.quantization import QuantizedKernel, contracted_axes, dequantize, is_quantized, look_up, quantize
@@ -142,7 +143,8 @@ def _rematerialised(config: TransformerConfig) -> type[nn.Module]:
   policies = jax.checkpoint_policies
   if config.remat == 'none':
     return Layer
-  policy = policies.save_only_these_names(PROJECTION, CONTEXT) if config.remat == 'dots' else policies.nothing_saveable
+  kept = policies.save_from_both_policies(policies.save_only_these_names(PROJECTION, CONTEXT), is_cudnn_forward)
+  policy = kept if config.remat == 'dots' else policies.nothing_saveable
   return nn.remat(Layer, policy=policy, prevent_cse=not config.scan_layers, static_argnums=(6,))
 
 

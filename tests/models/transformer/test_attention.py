@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer import attention
 
 
@@ -127,3 +128,57 @@ def test_row_attention_and_its_gradients_equal_the_reference(packed, dtype, leng
   for a, b in zip((out, *gradients), (expected, *expected_gradients)):
     assert np.abs(np.asarray(a, np.float32) - b).max() < tolerance * np.abs(b).max()
   np.testing.assert_allclose(expected, reference(q, k, v, np.asarray(mask[:, 0])), atol=1e-5)
+
+
+HOPPER = {'platform': 'gpu', 'generation': (9, 0), 'length': 4096, 'dtype': 'bfloat16', 'd_head': 128, 'packed': False}
+
+
+@pytest.mark.parametrize(
+    ('changes', 'expected'),
+    [
+        # (what differs from long unpacked rows of the 7B on Hopper, {asked: chosen or what the refusal says})
+        ({}, {'auto': 'cudnn', 'plain': 'plain', 'blockwise': 'blockwise', 'cudnn': 'cudnn', 'pallas': 'pallas'}),
+        ({'packed': True}, {'auto': 'blockwise', 'cudnn': 'rows of one document', 'pallas': 'pallas'}),
+        ({'length': 512}, {'auto': 'plain', 'blockwise': 'blockwise', 'cudnn': 'cudnn', 'pallas': 'pallas'}),
+        ({'length': 513, 'packed': True}, {'auto': 'blockwise'}),
+        ({'dtype': 'float32'}, {'auto': 'blockwise', 'cudnn': 'model.dtype is float32', 'pallas': 'is float32', 'plain': 'plain'}),
+        ({'d_head': 256}, {'auto': 'cudnn', 'cudnn': 'cudnn', 'pallas': 'heads of 16 to 128'}),
+        ({'d_head': 256, 'generation': (8, 9)}, {'auto': 'blockwise', 'cudnn': 'at most 128 channels, and model.d_head is 256'}),
+        ({'d_head': 100}, {'auto': 'blockwise', 'cudnn': 'a multiple of 8', 'pallas': 'pallas'}),
+        ({'d_head': 8}, {'auto': 'cudnn', 'pallas': 'heads of 16 to 128 channels, and model.d_head is 8'}),
+        ({'generation': (7, 5)}, {'auto': 'blockwise', 'cudnn': 'compute capability 8.0', 'pallas': 'compute capability 8.0'}),
+        ({'generation': (0, 0)}, {'auto': 'blockwise', 'cudnn': 'an NVIDIA GPU', 'pallas': 'an NVIDIA GPU', 'plain': 'plain'}),
+        ({'generation': None}, {'auto': 'blockwise', 'cudnn': 'cudnn', 'pallas': 'pallas'}),  # a program that is only looked at
+        ({'platform': 'cpu', 'generation': None}, {'auto': 'blockwise', 'cudnn': 'this program is for cpu', 'pallas': 'for cpu'}),
+        ({'platform': 'cpu', 'generation': None, 'length': 64}, {'auto': 'plain', 'blockwise': 'blockwise'}),
+        ({'platform': 'cpu', 'generation': None, 'length': 65, 'dtype': 'float32'}, {'auto': 'blockwise'}),
+        ({'platform': 'tpu', 'generation': None}, {'auto': 'blockwise', 'cudnn': 'this program is for tpu', 'pallas': 'for tpu'}),
+        ({'platform': 'tpu', 'generation': None, 'length': 512}, {'auto': 'plain'}),
+    ],
+    ids=lambda value: ','.join(f'{name}={x}' for name, x in value.items()) if isinstance(value, dict) and 'auto' not in value else '',
+)
+def test_what_computes_attention(changes, expected):
+  for asked, chosen in expected.items():
+    if ' ' in chosen:
+      with pytest.raises(ConfigError, match=chosen) as refused:
+        attention.choose(asked, **HOPPER | changes)
+      assert str(refused.value).startswith(f"model.attention_implementation is '{asked}', which ") and '\n' not in str(refused.value)
+    else:
+      assert attention.choose(asked, **HOPPER | changes) == chosen
+
+
+@pytest.mark.parametrize('length', [20, 150])
+def test_what_is_asked_for_is_what_runs(monkeypatch, length):
+  """On the CPU: 'auto' makes the program that it made before there was a choice."""
+  q, k, v = (jnp.asarray(x) for x in draw(length=length, slots=length))
+  rows = jnp.asarray(packed_rows(length))
+
+  def program(asked: str) -> str:
+    attend = functools.partial(attention.attend_rows, segment_ids=rows, dtype='float32', implementation=asked)
+    return str(jax.make_jaxpr(attend)(q, k, v))
+
+  texts = {asked: program(asked) for asked in ('auto', 'plain', 'blockwise')}
+  assert texts['auto'] == texts['plain' if length == 20 else 'blockwise'] != texts['blockwise' if length == 20 else 'plain']
+  assert ('custom_vjp' in texts['blockwise']) and 'custom_vjp' not in texts['plain']
+  with pytest.raises(ConfigError, match="is 'pallas', which is a kernel for GPUs, and this program is for cpu"):
+    attention.attend_rows(q, k, v, segment_ids=rows, dtype='bfloat16', implementation='pallas')
