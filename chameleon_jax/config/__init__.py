@@ -6,7 +6,7 @@ what can be computed from fields is a property. The editable form that command-l
 checkpoints; where a default departs from them the field says so.
 """
 
-from chameleon_jax.config.networks import DiscriminatorConfig, Dtype, Quantization, TransformerConfig, VQGANConfig
+from chameleon_jax.config.networks import CacheDtype, DiscriminatorConfig, Dtype, Quantization, TransformerConfig, VQGANConfig
 from chameleon_jax.config.sampling import SamplingOptions
 from chameleon_jax.config.training import (
   CheckpointConfig,
@@ -25,6 +25,7 @@ from chameleon_jax.config.training import (
 from chameleon_jax.config.vocabulary import VocabularyConfig
 
 __all__ = [
+  'CacheDtype',
   'CheckpointConfig',
   'DataConfig',
   'DiscriminatorConfig',

@@ -7,6 +7,7 @@ from chameleon_jax.config.checks import require, require_fraction, require_posit
 
 Dtype = Literal['float32', 'bfloat16']
 Quantization = Literal['int8']
+CacheDtype = Literal['float32', 'bfloat16', 'int8']
 
 
 @dataclasses.dataclass(frozen=True)

@@ -231,7 +231,7 @@ def sample_memory(model: TransformerConfig, requests: Requests, layout: Layout) 
     decode   weights, the cache, float32 logits of every stream four times over (raw, mixed, masked, sorted)
   """
   streams, slots = requests.streams(layout), requests.slots(model)
-  cache = cache_bytes(model, layout, streams=streams, slots=slots)
+  cache = cache_bytes(model, layout, streams=streams, slots=slots, dtype=requests.cache_dtype)
   always: Parts = {'weights': decoding_bytes(model, layout), 'cache': cache}
   if layout.fsdp > 1:
     matrices, _ = matmul_weights(model)

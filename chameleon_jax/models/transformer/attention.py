@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from chameleon_jax.array_types import Array, Mask, Positions, SegmentIds
 from chameleon_jax.config import Dtype
 from chameleon_jax.models.transformer.blockwise import attend_blockwise
+from chameleon_jax.models.transformer.slots import QuantizedSlots, key_product, operand_dtype, value_product
 from chameleon_jax.partitioning import target_platform
 
 
@@ -97,16 +98,15 @@ def attend_rows(
 
 
 def attend_cache(
-    q: Float[Array, 'B T N H'], k: Float[Array, 'B K S H'], v: Float[Array, 'B K S H'], *, positions: Positions, dtype: Dtype
+    q: Float[Array, 'B T N H'], k: Float[Array, 'B K S H'] | QuantizedSlots, v: Float[Array, 'B K S H'] | QuantizedSlots, *,
+    positions: Positions, dtype: Dtype,
 ) -> Float[Array, 'B T N H']:
-  """Attention of new tokens to all slots of a cache up to their own position.
-
-  The operands take the type of the cache: casting a whole cache would cost more than the products.
-  """
+  """Attention of new tokens to all slots of a cache up to their own position; `slots` has the products and their types."""
   batch, length, n_heads, d_head = q.shape
-  groups = (q * d_head**-0.5).astype(k.dtype).reshape(batch, length, k.shape[1], n_heads // k.shape[1], d_head)
-  scores = jnp.einsum('bktgh,bksh->bktgs', jnp.swapaxes(groups, 1, 2), k, preferred_element_type=jnp.float32)
-  mask = cache_mask(positions, k.shape[2])[:, :, :, None]
+  n_kv_heads, n_slots = jax.tree.leaves(k)[0].shape[1:3]
+  groups = (q * d_head**-0.5).astype(operand_dtype(k, dtype)).reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, d_head)
+  scores = key_product(jnp.swapaxes(groups, 1, 2), k)
+  mask = cache_mask(positions, n_slots)[:, :, :, None]
   weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-  summed = jnp.einsum('bktgs,bksh->bktgh', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  summed = value_product(weights, v, dtype)
   return jnp.swapaxes(summed, 1, 2).reshape(q.shape).astype(dtype)
