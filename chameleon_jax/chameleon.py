@@ -98,8 +98,8 @@ class Chameleon:
       mesh: devices to spread the weights over; None means the default device.
       quantization: 'int8' keeps the transformer's weights in int8, one scale for each output channel, and computes in `dtype` as before: a
         quarter of the memory of float32, half of bfloat16. For sampling and scoring; such a model cannot be saved.
-      cache_dtype: type in which the sampler keeps keys and values; by default that of the computation, on the CPU float32. 'int8' rounds each
-        token of each head to its own scale, with half the memory of bfloat16 (and a little for scales); scoring uses no cache.
+      cache_dtype: type in which the sampler keeps keys and values; by default that of the computation, on the CPU float32. 'int8' has a
+        scale for each token and head: half the memory of bfloat16 and a little for the scales. Scoring keeps none.
 
     Raises:
       CheckpointError: the folder is missing, foreign or damaged.

@@ -31,7 +31,7 @@ def define_flags() -> None:
   flags.DEFINE_string('model', 'emoji', "model folder, or 'emoji' for the weights shipped with the package")
   flags.DEFINE_string('adapter', None, 'folder of a LoRA adapter to add to the weights')
   flags.DEFINE_enum('quantization', None, list(get_args(Quantization)), 'keep the weights of the transformer in int8')
-  flags.DEFINE_enum('cache_dtype', None, list(get_args(CacheDtype)), "type of the sampler's keys and values (default: that of the computation; on a CPU float32)")
+  flags.DEFINE_enum('cache_dtype', None, list(get_args(CacheDtype)), 'type of the keys and values kept (default: as computed in)')
   flags.DEFINE_list('tasks', None, 'some of reconstruction, describe, draw, edit, text (default: all that the model has the parts for)')
   flags.DEFINE_integer('n_train', 500, 'size of the fixed sample of training pictures', lower_bound=1)
   flags.DEFINE_integer('n_validation', None, 'size of a fixed sample of held-out pictures (default: all)', lower_bound=1)

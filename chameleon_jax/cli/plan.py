@@ -36,7 +36,7 @@ def define_flags() -> None:
   flags.DEFINE_integer('requests', 1, 'sampling: requests under way together', lower_bound=1)
   flags.DEFINE_integer('context', None, 'sampling: tokens of a request, prompt and answer (default: model.max_seq_len)', lower_bound=1)
   flags.DEFINE_bool('guided', True, 'sampling: pictures are guided, with three streams a request')
-  flags.DEFINE_enum('cache_dtype', None, list(get_args(CacheDtype)), 'sampling: type of keys and values (default: that of the computation)')
+  flags.DEFINE_enum('cache_dtype', None, list(get_args(CacheDtype)), 'sampling: type of the keys and values kept (default: as computed in)')
   flags.DEFINE_float('efficiency', None, "share of the peak that products reach (default: the chip's, see the output)", 0.0, 1.0)
   flags.DEFINE_float('link_efficiency', 0.7, 'share of the links that collectives reach', 0.0, 1.0)
   flags.DEFINE_float('hbm_efficiency', 0.7, 'sampling: share of the memory bandwidth that a decode step reaches', 0.0, 1.0)

@@ -40,7 +40,7 @@ def define_flags() -> None:
   flags.DEFINE_string('model', 'emoji', "model folder, or 'emoji' for the weights shipped with the package")
   flags.DEFINE_string('adapter', None, 'folder of a LoRA adapter to add to the weights')
   flags.DEFINE_enum('quantization', None, list(get_args(Quantization)), 'keep the weights of the transformer in int8')
-  flags.DEFINE_enum('cache_dtype', None, list(get_args(CacheDtype)), "type of the sampler's keys and values (default: that of the computation; on a CPU float32)")
+  flags.DEFINE_enum('cache_dtype', None, list(get_args(CacheDtype)), 'type of the keys and values kept (default: as computed in)')
   flags.DEFINE_string('prompt', '', "text of the prompt; '-' reads it from stdin")
   flags.DEFINE_multi_string('image', [], 'picture file placed before the text; may be repeated')
   flags.DEFINE_string('prompts_file', None, '.txt with one prompt a line, or .jsonl with one request a line')

@@ -229,10 +229,15 @@ def sample_memory(model: TransformerConfig, requests: Requests, layout: Layout) 
              a piece of 512 tokens against all slots, as float32 and in the compute type
     grow     weights, the cache, and the cache before it: streams of guided pictures came on top
     decode   weights, the cache, float32 logits of every stream four times over (raw, mixed, masked, sorted)
+
+  Of an int8 cache, room for the keys of one layer in the compute type, where a compiler converts them ahead of the product.
   """
   streams, slots = requests.streams(layout), requests.slots(model)
   cache = cache_bytes(model, layout, streams=streams, slots=slots, dtype=requests.cache_dtype)
   always: Parts = {'weights': decoding_bytes(model, layout), 'cache': cache}
+  if requests.cache_dtype == 'int8':
+    keys = streams // layout.batch_shards * slots * model.n_kv_heads // layout.tensor * model.d_head
+    always['keys of a layer, converted'] = keys * itemsize(model.dtype)
   if layout.fsdp > 1:
     matrices, _ = matmul_weights(model)
     always['two gathered layers'] = 2 * matrices // model.n_layers // layout.tensor * itemsize(model.dtype)

@@ -33,7 +33,7 @@ _AXES = ('batch', 'act_kv_heads', 'cache_length', 'd_head')  # of slots; scales 
 class KVCache:
   """Keys and values of all layers.
 
-  Scanned layers keep one array [L, B, K, S, H] each; unrolled layers a tuple of L arrays [B, K, S, H], because
+  Scanned layers keep one array [L, B, K, S, H] each (or both parts of `QuantizedSlots`); unrolled layers a tuple of L, because
   taking a layer out of a stacked array copies it in every step of a decode loop. The slots of one head lie together:
   the other order is transposed at every step (on the CPU a step of 24 rows took three times as long).
   """
@@ -50,6 +50,11 @@ class KVCache:
   def batch_size(self) -> int:
     """Rows (B)."""
     return jax.tree.leaves(self.k)[0].shape[-4]
+
+  def layer(self, index: int) -> LayerCache:
+    """Keys and values of one unrolled layer."""
+    assert isinstance(self.k, tuple) and isinstance(self.v, tuple), 'the layers are stacked'
+    return self.k[index], self.v[index]
 
 
 def check_cache_dtype(name: str | None) -> None:
