@@ -60,7 +60,7 @@ class KVCache:
 def check_cache_dtype(name: str | None) -> None:
   """Raises ConfigError for a type of cache that there is not."""
   if name not in (None, *get_args(CacheDtype)):
-    raise ConfigError(f"cache_dtype {name!r} is not known; 'int8' halves a bfloat16 cache, 'bfloat16' and 'float32' do not round further")
+    raise ConfigError(f"cache_dtype {name!r} is not known; 'float32', 'bfloat16' and 'int8' are, None keeps the type of the computation")
 
 
 def init_cache(config: TransformerConfig, batch: int, length: int, dtype: CacheDtype | None = None) -> KVCache:
