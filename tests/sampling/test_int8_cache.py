@@ -38,7 +38,8 @@ def make_engine(**keywords):
 
 def prompts():
   t = V.text_start
-  return [np.array(row, np.int32) for row in ([0, t, t + 5, V.begin_image], [0, V.begin_image, 4, 9, 30, 7, V.end_image, t + 2], [0, *range(t, t + 17)])]
+  rows = [0, t, t + 5, V.begin_image], [0, V.begin_image, 4, 9, 30, 7, V.end_image, t + 2], [0, *range(t, t + 17)]
+  return [np.array(row, np.int32) for row in rows]
 
 
 def written(engine, rows):
