@@ -1,6 +1,6 @@
 """What the type of the sampler's cache does to what the shipped emoji model says: likelihoods through the cache, and greedy tokens.
 
-    python tools/compare_caches.py --rows=64
+    python tools/compare_caches.py --rows=32
 
 Held-out texts and pictures are read whole through a cache of each type (every query attends to keys and values as they are stored), and
 answers to prompts are written greedily, without guidance. Everything is compared with the float32 cache:
@@ -114,5 +114,5 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == '__main__':
   flags.DEFINE_string('model', 'emoji', 'Model folder, or the shipped weights; its image tokenizer must be that of the emoji world.')
-  flags.DEFINE_integer('rows', 64, 'Texts, pictures and prompts.', lower_bound=1)
+  flags.DEFINE_integer('rows', 32, 'Texts, pictures and prompts.', lower_bound=1)
   app.run(main)

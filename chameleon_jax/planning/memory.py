@@ -235,9 +235,6 @@ def sample_memory(model: TransformerConfig, requests: Requests, layout: Layout) 
   streams, slots = requests.streams(layout), requests.slots(model)
   cache = cache_bytes(model, layout, streams=streams, slots=slots, dtype=requests.cache_dtype)
   always: Parts = {'weights': decoding_bytes(model, layout), 'cache': cache}
-  if requests.cache_dtype == 'int8':
-    keys = streams // layout.batch_shards * slots * model.n_kv_heads // layout.tensor * model.d_head
-    always['keys of a layer, converted'] = keys * itemsize(model.dtype)
   if layout.fsdp > 1:
     matrices, _ = matmul_weights(model)
     always['two gathered layers'] = 2 * matrices // model.n_layers // layout.tensor * itemsize(model.dtype)
@@ -247,9 +244,19 @@ def sample_memory(model: TransformerConfig, requests: Requests, layout: Layout) 
   scores = filled * model.n_heads // layout.tensor * piece * slots
   before = dataclasses.replace(requests, guided=False).streams(layout)
   logits = local * model.vocab_size * 4
+
+  def converted(rows: int) -> int:
+    keys = rows * slots * model.n_kv_heads // layout.tensor * model.d_head
+    return keys * itemsize(model.dtype) if requests.cache_dtype == 'int8' else 0
+
   moments: dict[str, Parts] = {
-      'fill': {**always, 'cache of the prompts': cache * filled // local, 'scores': scores * (2 * 4 + itemsize(model.dtype))},
+      'fill': {
+          **always,
+          'cache of the prompts': cache * filled // local,
+          'scores': scores * (2 * 4 + itemsize(model.dtype)),
+          'converted keys': converted(filled),
+      },
       'grow': {**always, 'cache before': cache * before // streams if before != streams else 0},
-      'decode': {**always, 'logits': 4 * logits},
+      'decode': {**always, 'logits': 4 * logits, 'converted keys': converted(local)},
   }
   return Memory(moments)
