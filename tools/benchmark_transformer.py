@@ -221,7 +221,7 @@ def logits_program(config: TransformerConfig, *, all_positions: bool, cache: Cac
   model = Transformer(config)
 
   def logits(params: Any, tokens: Any) -> Any:
-    empty = None if cache is None else init_cache(config, *tokens.shape, cache)
+    empty = None if cache is None else init_cache(config, tokens.shape[0], tokens.shape[1], cache)
     hidden: Any = model.apply({'params': params}, tokens, cache=empty, method='hidden')[0]
     return model.apply({'params': params}, hidden if all_positions else hidden[:, -1:], method='unembed')
 

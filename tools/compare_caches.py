@@ -40,7 +40,8 @@ def logits_through(model: Chameleon, dtype: CacheDtype) -> Callable[[np.ndarray]
 
   @jax.jit
   def program(params: Any, tokens: Any) -> Any:
-    return network.apply({'params': params}, tokens, cache=init_cache(model.config, *tokens.shape, dtype))[0]
+    cache = init_cache(model.config, tokens.shape[0], tokens.shape[1], dtype)
+    return network.apply({'params': params}, tokens, cache=cache)[0]
 
   return lambda tokens: np.asarray(program(model.parts.transformer_params, tokens))
 

@@ -12,8 +12,8 @@ converted inside them:
 The scale is float32: one of bfloat16 is off by up to 2^-9 of itself, which adds 127 / 512, a quarter of a step, to the half step of the
 largest channels, and saves 2 bytes of 132 (128 channels a head).
 
-Does not know: which slots a query may see, softmax, or how slots are written. Source: arXiv 2211.05102 (section 3.3, int8 for what
-decoding reads), arXiv 2402.02750 (section 3, values rounded a token at a time).
+Does not know: which slots a query may see, softmax, or how slots are written. Sources: those of `quantization` for the rounding; arXiv
+2402.02750 compares what may share a scale, a token or a channel, at fewer bits.
 """
 
 from typing import Any, TypeAlias
