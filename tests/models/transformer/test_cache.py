@@ -72,10 +72,10 @@ def test_int8_tokens_go_to_their_positions_with_their_scales():
   def empty():
     return QuantizedSlots(jnp.zeros((2, 1, 6, 2), jnp.int8), jnp.zeros((2, 1, 6)))
 
-  prefill = tokens(1, 2, 3, 98, 99, 11, 12, 13, 14, 15)
-  k, v = write((empty(), empty()), prefill, -prefill, jnp.tile(jnp.arange(5), (2, 1)))
-  k, v = jax.jit(write)((k, v), tokens(4, 16), -tokens(4, 16), jnp.array([[3], [5]]))
-  k, v = jax.jit(write)((k, v), tokens(7, 8), -tokens(7, 8), jnp.array([[6], [99]]))  # outside: nowhere
+  prefill, put = tokens(1, 2, 3, 98, 99, 11, 12, 13, 14, 15), jax.jit(write)
+  k, v = put((empty(), empty()), prefill, -prefill, jnp.tile(jnp.arange(5), (2, 1)))
+  k, v = put((k, v), tokens(4, 16), -tokens(4, 16), jnp.array([[3], [5]]))
+  k, v = put((k, v), tokens(7, 8), -tokens(7, 8), jnp.array([[6], [99]]))  # outside: nowhere
   np.testing.assert_array_equal(k.scale[:, 0], [[1, 2, 3, 4, 99, 0], [11, 12, 13, 14, 15, 16]])
   np.testing.assert_array_equal(k.values[:, 0], np.array([[127, -3]]) * (np.asarray(k.scale)[:, 0, :, None] > 0))
   np.testing.assert_array_equal(v.values, -k.values)
