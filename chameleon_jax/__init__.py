@@ -11,7 +11,7 @@ if TYPE_CHECKING:
   from jax.sharding import Mesh
 
   from chameleon_jax.chameleon import Chameleon
-  from chameleon_jax.config import Dtype, Quantization, SamplingOptions
+  from chameleon_jax.config import CacheDtype, Dtype, Quantization, SamplingOptions
   from chameleon_jax.tokens.document import Codes, Document, Image, Text, Turn
 
 __version__ = '0.1.0'
@@ -37,13 +37,14 @@ def load(
     dtype: 'Dtype | None' = None,
     mesh: 'Mesh | None' = None,
     quantization: 'Quantization | None' = None,
+    cache_dtype: 'CacheDtype | None' = None,
 ) -> 'Chameleon':
   """Opens weights of any format of the family (ours, Meta's, Hugging Face's, Anole's, Lumina-mGPT's), or shipped ones by name ('emoji').
 
   The arguments are those of `Chameleon.load`.
   """
   cls = importlib.import_module('chameleon_jax.chameleon').Chameleon
-  return cls.load(path, tokenizer=tokenizer, adapter=adapter, dtype=dtype, mesh=mesh, quantization=quantization)
+  return cls.load(path, tokenizer=tokenizer, adapter=adapter, dtype=dtype, mesh=mesh, quantization=quantization, cache_dtype=cache_dtype)
 
 
 def __getattr__(name: str) -> Any:

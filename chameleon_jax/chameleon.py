@@ -24,12 +24,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from chameleon_jax.array_types import Codes, Logits, Pictures, Tokens
-from chameleon_jax.config import Dtype, Quantization, SamplingOptions, TransformerConfig
+from chameleon_jax.config import CacheDtype, Dtype, Quantization, SamplingOptions, TransformerConfig
 from chameleon_jax.data.encode import Encoder, make_encoder
 from chameleon_jax.errors import ChameleonError, CheckpointError
 from chameleon_jax.interop.native import ModelParts, make_vocabulary
 from chameleon_jax.interop.native.adapter import with_adapter
 from chameleon_jax.interop.opening import load_parts, open_checkpoint
+from chameleon_jax.models.transformer.cache import check_cache_dtype
 from chameleon_jax.models.transformer.model import Transformer
 from chameleon_jax.models.vqgan import model as vqgan
 from chameleon_jax.sampling.engine import Engine
@@ -62,12 +63,16 @@ class Chameleon:
     parts: the parts, the transformer's layers one array each.
     name: what messages call it.
     notes: sentences on the weights that a user should know, such as that their image output is suppressed.
+    cache_dtype: of the sampler's keys and values, see `load`.
   """
 
-  def __init__(self, parts: ModelParts, *, name: str = 'model', notes: Sequence[str] = ()):
+  def __init__(
+      self, parts: ModelParts, *, name: str = 'model', notes: Sequence[str] = (), cache_dtype: CacheDtype | None = None
+  ):
     self.parts = parts
     self.name = name
     self.notes = tuple(notes)
+    self.cache_dtype = cache_dtype
 
   @classmethod
   def load(
@@ -79,6 +84,7 @@ class Chameleon:
       dtype: Dtype | None = None,
       mesh: Mesh | None = None,
       quantization: Quantization | None = None,
+      cache_dtype: CacheDtype | None = None,
   ) -> 'Chameleon':
     """Opens a checkpoint of any format, or the shipped weights by their name ('emoji').
 
@@ -92,11 +98,14 @@ class Chameleon:
       mesh: devices to spread the weights over; None means the default device.
       quantization: 'int8' keeps the transformer's weights in int8, one scale for each output channel, and computes in `dtype` as before: a
         quarter of the memory of float32, half of bfloat16. For sampling and scoring; such a model cannot be saved.
+      cache_dtype: type in which the sampler keeps keys and values; by default that of the computation, on the CPU float32. 'int8' has a
+        scale for each token and head: half the memory of bfloat16 and a little for the scales. Scoring keeps none.
 
     Raises:
       CheckpointError: the folder is missing, foreign or damaged.
-      ConfigError: there is no such quantization.
+      ConfigError: there is no such quantization, or type of cache.
     """
+    check_cache_dtype(cache_dtype)
     folder = pathlib.Path(path)
     if not folder.exists():
       folder = shipped_path(str(path)) or folder
@@ -105,7 +114,7 @@ class Chameleon:
       parts = load_parts(model, dtype=dtype, mesh=mesh, quantization=quantization)
     for note in model.notes:
       warnings.warn(f'{path}: {note}', stacklevel=2)
-    return cls(parts, name=str(path), notes=model.notes)
+    return cls(parts, name=str(path), notes=model.notes, cache_dtype=cache_dtype)
 
   def _need(self, part: _T | None, what: str) -> _T:
     if part is None:
@@ -196,7 +205,14 @@ class Chameleon:
     """A new engine over these weights: requests in, tokens out, with reports on the way (`sampling.engine`)."""
     # Without an image tokenizer only text is written (see _check_options), and any number will do.
     n_image_tokens = 1 if self.parts.vqgan_config is None else self.n_image_tokens
-    return Engine(self.config, self.parts.transformer_params, self.vocabulary, n_image_tokens=n_image_tokens, max_rows=max_rows)
+    return Engine(
+      self.config,
+      self.parts.transformer_params,
+      self.vocabulary,
+      n_image_tokens=n_image_tokens,
+      max_rows=max_rows,
+      cache_dtype=self.cache_dtype,
+    )
 
   def _check_options(self, options: Options) -> None:
     """What the options need of the parts, before the work and not after it."""

@@ -208,6 +208,15 @@ def test_int8_weights_on_a_mesh_are_those_of_one_device(tiny_model_folder, int8_
   np.testing.assert_array_equal(spread.generate_tokens(prompt, options), int8_model.generate_tokens(prompt, options))
 
 
+def test_the_cache_can_be_kept_in_int8(tiny_model_folder, model):
+  small = cj.load(tiny_model_folder, cache_dtype='int8')
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(small.engine()._functions.make_cache(1, 2))} == {'int8', 'float32'}
+  prompts, options = [cj.Document.chat('draw a red apple')], dataclasses.replace(GREEDY, modalities='text', max_new_tokens=8)
+  assert small.generate(prompts, options)[0].turns
+  scores = [each.score(prompts, ['red'])[0].log_likelihood for each in (small, model)]
+  assert scores[0] == scores[1]  # scoring keeps no keys
+
+
 def test_quantized_weights_are_not_saved_and_others_are_unknown(int8_model, tmp_path):
   with pytest.raises(CheckpointError, match='these are quantized; load them without quantization'):
     save_model(tmp_path / 'model', int8_model.parts)

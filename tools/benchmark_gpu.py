@@ -3,9 +3,10 @@
     python tools/benchmark_gpu.py --output=h200.json
     python tools/benchmark_gpu.py --size=tiny --budget=120          # on a CPU, in a minute: says that the script works, nothing else
 
-Cases: training of the 7B, sampling (decoding of one row in bfloat16 and int8 and of 32 at 2,048 tokens, prefill, one guided picture, the
-plain torch loop), the image tokenizer. Each runs in a process of its own, so that one that runs out of memory or of time takes nothing with
-it; its rows are written as they come. A case for which no time is left says so. Programs are kept in --cache: a second run compiles less.
+Cases: training of the 7B, sampling (decoding of one row in bfloat16 and int8 and of 32 at 2,048 tokens in bfloat16 and with int8 weights
+and cache, prefill, one guided picture, the plain torch loop), the image tokenizer. Each runs in a process of its own, so that one that runs
+out of memory or of time takes nothing with it; its rows are written as they come. A case for which no time is left says so. Programs are
+kept in --cache: a second run compiles less.
 """
 
 import dataclasses

@@ -15,7 +15,7 @@ import numpy as np
 
 from chameleon_jax import presets
 from chameleon_jax.array_types import Params
-from chameleon_jax.config import Dtype, TransformerConfig, VocabularyConfig, VQGANConfig
+from chameleon_jax.config import CacheDtype, Dtype, TransformerConfig, VocabularyConfig, VQGANConfig
 from chameleon_jax.interop.native import abstract_transformer, abstract_vqgan
 from chameleon_jax.models.transformer.model import decoding_params, dequantize_params, quantize_params
 from chameleon_jax.planning.speed import attention_flops, matmul_weights
@@ -23,7 +23,8 @@ from chameleon_jax.sampling.engine import Engine
 from chameleon_jax.tokens.vocabulary import Vocabulary
 from chameleon_jax.training.state import unboxed
 
-WAYS: tuple[str, ...] = ('float32', 'bfloat16', 'int8')  # int8: weights alone, the rest bfloat16
+INT8_CACHE = 'int8 weights and cache'
+WAYS: tuple[str, ...] = ('float32', 'bfloat16', 'int8', INT8_CACHE)  # int8: weights alone, the rest bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,15 +153,22 @@ class Subject:
   @functools.cache  # noqa: B019 (a subject lives as long as the run)
   def way(self, name: str) -> tuple[TransformerConfig, Params]:
     """Config and parameters of one of `WAYS`, one array a layer on the device, as the sampler takes them."""
+    if name == INT8_CACHE:
+      return self.way('int8')
     dtype: Dtype = 'float32' if name == 'float32' else 'bfloat16'
     config = self.sizes.transformer_in(dtype)
     return config, decoding_params(quantize_params(self.params, config) if name == 'int8' else self.params, config)
 
   def meant_by(self, name: str) -> 'Subject':
     """The subject of the weights that one of `WAYS` stands for: rounded to int8 and back, or as they are."""
-    return Subject(self.sizes, dequantize_params(self.way(name)[1])) if name == 'int8' else self
+    return Subject(self.sizes, dequantize_params(self.way(name)[1])) if name in ('int8', INT8_CACHE) else self
 
   def engine(self, name: str) -> Engine:
     """A new engine over shared parameters."""
     config, params = self.way(name)
-    return Engine(config, params, self.vocabulary, n_image_tokens=self.sizes.vqgan.n_image_tokens)
+    return Engine(config, params, self.vocabulary, n_image_tokens=self.sizes.vqgan.n_image_tokens, cache_dtype=cache_dtype(name))
+
+
+def cache_dtype(way: str) -> CacheDtype | None:
+  """Of keys and values in one of `WAYS`; None for the default of the platform."""
+  return 'int8' if way == INT8_CACHE else None

@@ -17,10 +17,11 @@ import benchmark_torch
 import jax
 import numpy as np
 from benchmark_machine import Ceilings
-from benchmark_models import WAYS, Subject, training_flops
+from benchmark_models import INT8_CACHE, WAYS, Subject, cache_dtype, training_flops
 from benchmark_protocol import CompileClock, Contestant, Protocol, Race, Row, importable, race, spread
 
-from chameleon_jax.config import DataConfig, Dtype, MeshConfig, OptimizerConfig, SamplingOptions, TrainConfig, TransformerConfig
+from chameleon_jax.config import CacheDtype, DataConfig, Dtype, MeshConfig, OptimizerConfig, SamplingOptions, TrainConfig, TransformerConfig
+from chameleon_jax.models.transformer.cache import init_cache
 from chameleon_jax.models.transformer.model import Transformer, stack_layers
 from chameleon_jax.partitioning import make_mesh
 from chameleon_jax.planning.speed import attention_flops, matmul_weights
@@ -215,12 +216,13 @@ def first_token(engine: Any) -> Any:
   return engine
 
 
-def logits_program(config: TransformerConfig, *, all_positions: bool) -> Callable[[Any, Any], Any]:
-  """A compiled function from parameters and tokens to logits, of all positions or of the last."""
+def logits_program(config: TransformerConfig, *, all_positions: bool, cache: CacheDtype | None = None) -> Callable[[Any, Any], Any]:
+  """A compiled function from parameters and tokens to logits, of all positions or of the last; through a new cache of a type, or none."""
   model = Transformer(config)
 
   def logits(params: Any, tokens: Any) -> Any:
-    hidden: Any = model.apply({'params': params}, tokens, method='hidden')[0]
+    empty = None if cache is None else init_cache(config, tokens.shape[0], tokens.shape[1], cache)
+    hidden: Any = model.apply({'params': params}, tokens, cache=empty, method='hidden')[0]
     return model.apply({'params': params}, hidden if all_positions else hidden[:, -1:], method='unembed')
 
   return jax.jit(logits)
@@ -229,9 +231,11 @@ def logits_program(config: TransformerConfig, *, all_positions: bool) -> Callabl
 _shared_program = functools.lru_cache(maxsize=8)(logits_program)
 
 
-def last_logits(config: TransformerConfig, params: Any, *, all_positions: bool = False) -> Callable[[np.ndarray], np.ndarray]:
+def last_logits(
+  config: TransformerConfig, params: Any, *, all_positions: bool = False, cache: CacheDtype | None = None
+) -> Callable[[np.ndarray], np.ndarray]:
   """The same as a function of tokens alone, on the host; one program serves all calls."""
-  program = _shared_program(config, all_positions=all_positions)
+  program = _shared_program(config, all_positions=all_positions, cache=cache)
   return lambda tokens: np.asarray(program(params, tokens))
 
 
@@ -246,8 +250,13 @@ def rounded_off(subject: Subject, way: str, tokens: np.ndarray) -> str | None:
   if way == 'float32':
     return None
   exact = last_logits(*subject.meant_by(way).way('float32'), all_positions=True)(tokens)
-  off = float(np.sqrt(np.mean(np.square(last_logits(*subject.way(way), all_positions=True)(tokens) - exact)) / np.mean(np.square(exact))))
+  off = relative(last_logits(*subject.way(way), all_positions=True, cache=cache_dtype(way))(tokens), exact)
   return None if off <= NARROW else f'{way} logits are {off:.1e} of their size off (root mean square, limit {NARROW})'
+
+
+def relative(found: np.ndarray, exact: np.ndarray) -> float:
+  """Root mean square of the difference, as a share of that of `exact`."""
+  return float(np.sqrt(np.mean(np.square(found - exact)) / np.mean(np.square(exact))))
 
 
 def difference(bench: Bench, tokens: np.ndarray) -> str | None:
@@ -261,7 +270,7 @@ def prefill(bench: Bench) -> list[Row]:
   """One long prompt: the logits behind it; and through the sampler, the first token."""
   case, sizes = 'prefill', bench.subject.sizes
   tokens = bench.subject.text(1, sizes.prefill)
-  ours = {way: last_logits(*bench.subject.way(way)) for way in WAYS}
+  ours = {way: last_logits(*bench.subject.way(way)) for way in WAYS if way != INT8_CACHE}  # which keeps none here
   flops = prefill_flops(sizes.transformer, sizes.prefill)
   contestants = [Contestant(f'ours {way}', lambda _, f=f: f(tokens)) for way, f in ours.items()]
   if not bench.peers:
@@ -286,7 +295,8 @@ def prefill(bench: Bench) -> list[Row]:
   found = []
   for through, mine, peer in (('last logits', '', ''), ('first token, filling a cache', ', sampler', ', cache')):
     best = seen.fastest(f'ours {way}{mine}' for way in WAYS if way in benchmark_torch.DTYPES)  # the same numbers on both sides
-    for chosen, aims in ((best, (2.0, 0.8)), (f'ours int8{mine}', (None, None))):
+    narrower = [f'ours {way}{mine}' for way in (WAYS if mine else ours) if way not in benchmark_torch.DTYPES]
+    for chosen, aims in ((best, (2.0, 0.8)), *((name, (None, None)) for name in narrower)):
       share = f'; {flops / seen.median(chosen) / bench.ceilings.flops["bfloat16"]:.0%} of the bfloat16 product'
       what = f'1 x {sizes.prefill}, {through}, {chosen.split(",")[0]}'
       found.append(make(what=f'{what} against HF float32', ours=chosen, peer=f'{PEER} float32{peer}', aim=aims[0], more=share))

@@ -19,7 +19,7 @@ from absl import flags
 
 from chameleon_jax.chameleon import Chameleon
 from chameleon_jax.cli import flags as config_flags
-from chameleon_jax.config import Quantization, SamplingOptions
+from chameleon_jax.config import CacheDtype, Quantization, SamplingOptions
 from chameleon_jax.errors import CheckpointError, ConfigError
 from chameleon_jax.evals import emoji
 
@@ -31,6 +31,7 @@ def define_flags() -> None:
   flags.DEFINE_string('model', 'emoji', "model folder, or 'emoji' for the weights shipped with the package")
   flags.DEFINE_string('adapter', None, 'folder of a LoRA adapter to add to the weights')
   flags.DEFINE_enum('quantization', None, list(get_args(Quantization)), 'keep the weights of the transformer in int8')
+  flags.DEFINE_enum('cache_dtype', None, list(get_args(CacheDtype)), 'type of the keys and values kept (default: as computed in)')
   flags.DEFINE_list('tasks', None, 'some of reconstruction, describe, draw, edit, text (default: all that the model has the parts for)')
   flags.DEFINE_integer('n_train', 500, 'size of the fixed sample of training pictures', lower_bound=1)
   flags.DEFINE_integer('n_validation', None, 'size of a fixed sample of held-out pictures (default: all)', lower_bound=1)
@@ -47,12 +48,13 @@ def main(argv: Sequence[str]) -> int:
   values = flags.FLAGS
   options = config_flags.get_config()
   started = time.monotonic()
-  model = Chameleon.load(values.model, adapter=values.adapter, quantization=values.quantization)
+  model = Chameleon.load(values.model, adapter=values.adapter, quantization=values.quantization, cache_dtype=values.cache_dtype)
   figures = SUITES[values.suite](model, options, lambda line: print(f'{time.monotonic() - started:6.0f} s  {line}', file=sys.stderr))
   report = {
       'suite': values.suite,
       'model': values.model,
       'quantization': values.quantization,
+      'cache_dtype': values.cache_dtype,
       'sampling': dataclasses.asdict(options),
       'seconds': round(time.monotonic() - started, 1),
       'figures': [dataclasses.asdict(figure) | {'reached': figure.reached} for figure in figures],

@@ -3,7 +3,7 @@
   chameleon plan --config=experiments/chameleon.py:7b,pretrain,v5e-256 --topology=v5e-256
   chameleon plan --size=34b --topology=v5e-64 --compile
   chameleon plan --size=7b --topology=8xh100 --config.data.batch_size=64 --json=plan.json
-  chameleon plan --size=34b --topology=8xh100 --task=sample --requests=16
+  chameleon plan --size=34b --topology=8xh100 --task=sample --requests=16 --cache_dtype=int8
 
 Topologies: v5e-64, v6e-256 (TPU slices by chips), v5p-16, v4-32 (these names count TensorCores, two a chip), v5p:2x2x4 (by shape),
 8xh100, 1xh200, 64xh100 (nodes of eight). Bytes of parameters, moments, gradients and caches are exact; what a step needs beside them
@@ -17,12 +17,13 @@ model, optimizer and what config.fine_tune freezes stay. Exit code 1 when nothin
 import json
 import pathlib
 from collections.abc import Sequence
+from typing import get_args
 
 from absl import flags
 
 from chameleon_jax import presets
 from chameleon_jax.cli.flags import ConfigFlag, define_config, get_config
-from chameleon_jax.config import DataConfig, TrainConfig
+from chameleon_jax.config import CacheDtype, DataConfig, TrainConfig
 from chameleon_jax.errors import ConfigError
 
 
@@ -35,6 +36,7 @@ def define_flags() -> None:
   flags.DEFINE_integer('requests', 1, 'sampling: requests under way together', lower_bound=1)
   flags.DEFINE_integer('context', None, 'sampling: tokens of a request, prompt and answer (default: model.max_seq_len)', lower_bound=1)
   flags.DEFINE_bool('guided', True, 'sampling: pictures are guided, with three streams a request')
+  flags.DEFINE_enum('cache_dtype', None, list(get_args(CacheDtype)), 'sampling: type of the keys and values kept (default: as computed in)')
   flags.DEFINE_float('efficiency', None, "share of the peak that products reach (default: the chip's, see the output)", 0.0, 1.0)
   flags.DEFINE_float('link_efficiency', 0.7, 'share of the links that collectives reach', 0.0, 1.0)
   flags.DEFINE_float('hbm_efficiency', 0.7, 'sampling: share of the memory bandwidth that a decode step reaches', 0.0, 1.0)
@@ -80,9 +82,10 @@ def main(argv: Sequence[str]) -> int:
     title = f'{name}: training, {config.data.batch_size:,} rows of {config.data.seq_len:,} tokens a step'
   else:
     context = min(values.context or config.model.max_seq_len, config.model.max_seq_len)
-    requests = Requests(values.requests, context, values.guided)
+    requests = Requests(values.requests, context, values.guided, values.cache_dtype)
     plan = plan_sample(config, topology, requests, assumptions=assumptions, limit=limit)
     title = f'{name}: sampling, {requests.n:,} requests of {context:,} tokens{", pictures guided" if requests.guided else ""}'
+    title += '' if requests.cache_dtype is None else f', cache in {requests.cache_dtype}'
   verdicts = {}
   if values.compile:
     for label, candidate in (('as given', plan.given), ('best', plan.best)):

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, get_args
 from absl import flags
 
 from chameleon_jax.cli.values import parse_value
-from chameleon_jax.config import Quantization, SamplingOptions
+from chameleon_jax.config import CacheDtype, Quantization, SamplingOptions
 from chameleon_jax.errors import ChameleonError, ConfigError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def define_flags() -> None:
   flags.DEFINE_string('model', 'emoji', "model folder, or 'emoji' for the weights shipped with the package")
   flags.DEFINE_string('adapter', None, 'folder of a LoRA adapter to add to the weights')
   flags.DEFINE_enum('quantization', None, list(get_args(Quantization)), 'keep the weights of the transformer in int8')
+  flags.DEFINE_enum('cache_dtype', None, list(get_args(CacheDtype)), 'type of the keys and values kept (default: as computed in)')
   flags.DEFINE_string('prompt', '', "text of the prompt; '-' reads it from stdin")
   flags.DEFINE_multi_string('image', [], 'picture file placed before the text; may be repeated')
   flags.DEFINE_string('prompts_file', None, '.txt with one prompt a line, or .jsonl with one request a line')
@@ -137,7 +138,7 @@ def main(argv: Sequence[str]) -> int:
   for request in requests:
     if isinstance(request, Malformed):
       print(f'chameleon: {request.error}', file=sys.stderr)
-  model = Chameleon.load(values.model, adapter=values.adapter, quantization=values.quantization)
+  model = Chameleon.load(values.model, adapter=values.adapter, quantization=values.quantization, cache_dtype=values.cache_dtype)
   if values.fix_from is not None:
     requests = sample_run.with_codes(requests, sample_run.fixed_codes(model, values.fix_from, values.redraw))
   names = sample_results.picture_names([request.id for request in requests], from_flags=from_flags)

@@ -6,7 +6,15 @@ what can be computed from fields is a property. The editable form that command-l
 checkpoints; where a default departs from them the field says so.
 """
 
-from chameleon_jax.config.networks import AttentionImplementation, DiscriminatorConfig, Dtype, Quantization, TransformerConfig, VQGANConfig
+from chameleon_jax.config.networks import (
+  AttentionImplementation,
+  CacheDtype,
+  DiscriminatorConfig,
+  Dtype,
+  Quantization,
+  TransformerConfig,
+  VQGANConfig,
+)
 from chameleon_jax.config.sampling import SamplingOptions
 from chameleon_jax.config.training import (
   CheckpointConfig,
@@ -26,6 +34,7 @@ from chameleon_jax.config.vocabulary import VocabularyConfig
 
 __all__ = [
   'AttentionImplementation',
+  'CacheDtype',
   'CheckpointConfig',
   'DataConfig',
   'DiscriminatorConfig',

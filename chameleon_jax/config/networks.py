@@ -8,6 +8,7 @@ from chameleon_jax.config.checks import require, require_fraction, require_posit
 Dtype = Literal['float32', 'bfloat16']
 Quantization = Literal['int8']
 AttentionImplementation = Literal['auto', 'plain', 'blockwise', 'cudnn', 'pallas']
+CacheDtype = Literal['float32', 'bfloat16', 'int8']
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 from chameleon_jax.array_types import PyTree
-from chameleon_jax.config import Dtype, MeshConfig, TransformerConfig
+from chameleon_jax.config import CacheDtype, Dtype, MeshConfig, TransformerConfig
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer.cache import init_cache
 from chameleon_jax.models.transformer.model import Transformer, decoding_params
@@ -116,8 +116,8 @@ def decoding_bytes(model: TransformerConfig, layout: Layout) -> int:
   return one + (model.n_layers - 1) * (two - one)
 
 
-def cache_bytes(model: TransformerConfig, layout: Layout, *, streams: int, slots: int) -> int:
-  """Bytes on one device of the sampler's cache: its rows over data and fsdp, its heads over tensor."""
+def cache_bytes(model: TransformerConfig, layout: Layout, *, streams: int, slots: int, dtype: CacheDtype | None = None) -> int:
+  """Bytes on one device of the sampler's cache: its rows over data and fsdp, its heads over tensor. Of int8, values and scales."""
   with use_abstract_mesh(Layout(1, 1, 1).mesh()):
-    cache = jax.eval_shape(lambda: jax.tree.leaves(init_cache(model, streams // layout.batch_shards, slots)))
+    cache = jax.eval_shape(lambda: jax.tree.leaves(init_cache(model, streams // layout.batch_shards, slots, dtype)))
   return bytes_per_device(cache) // layout.tensor

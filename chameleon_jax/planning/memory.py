@@ -235,9 +235,11 @@ def sample_memory(model: TransformerConfig, requests: Requests, layout: Layout) 
              a piece of 512 tokens against all slots, as float32 and in the compute type
     grow     weights, the cache, and the cache before it: streams of guided pictures came on top
     decode   weights, the cache, float32 logits of every stream four times over (raw, mixed, masked, sorted)
+
+  Of an int8 cache, room for the keys of one layer in the compute type, where a compiler converts them ahead of the product.
   """
   streams, slots = requests.streams(layout), requests.slots(model)
-  cache = cache_bytes(model, layout, streams=streams, slots=slots)
+  cache = cache_bytes(model, layout, streams=streams, slots=slots, dtype=requests.cache_dtype)
   always: Parts = {'weights': decoding_bytes(model, layout), 'cache': cache}
   if layout.fsdp > 1:
     matrices, _ = matmul_weights(model)
@@ -248,9 +250,19 @@ def sample_memory(model: TransformerConfig, requests: Requests, layout: Layout) 
   scores = filled * model.n_heads // layout.tensor * piece * slots
   before = dataclasses.replace(requests, guided=False).streams(layout)
   logits = local * model.vocab_size * 4
+
+  def converted(rows: int) -> int:
+    keys = rows * slots * model.n_kv_heads // layout.tensor * model.d_head
+    return keys * itemsize(model.dtype) if requests.cache_dtype == 'int8' else 0
+
   moments: dict[str, Parts] = {
-      'fill': {**always, 'cache of the prompts': cache * filled // local, 'scores': scores * (2 * 4 + itemsize(model.dtype))},
+      'fill': {
+          **always,
+          'cache of the prompts': cache * filled // local,
+          'scores': scores * (2 * 4 + itemsize(model.dtype)),
+          'converted keys': converted(filled),
+      },
       'grow': {**always, 'cache before': cache * before // streams if before != streams else 0},
-      'decode': {**always, 'logits': 4 * logits},
+      'decode': {**always, 'logits': 4 * logits, 'converted keys': converted(local)},
   }
   return Memory(moments)

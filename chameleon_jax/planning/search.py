@@ -282,4 +282,5 @@ def _larger_for_training(config: TrainConfig, topology: Topology, limit: float) 
 def _less(requests: Requests) -> list[str]:
   found = ['fewer at once: --requests'] if requests.n > 1 else []
   found += ['shorter ones: --context'] if requests.context > 512 else []
-  return found + (['without guidance: --noguided'] if requests.guided else [])
+  found += ['without guidance: --noguided'] if requests.guided else []
+  return found + (['keys and values in int8: --cache_dtype=int8'] if requests.cache_dtype != 'int8' else [])

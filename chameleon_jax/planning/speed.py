@@ -31,7 +31,7 @@ Does not know: memory limits (`memory.py`), or what a compiler makes of a progra
 
 import dataclasses
 
-from chameleon_jax.config import TrainConfig, TransformerConfig
+from chameleon_jax.config import CacheDtype, TrainConfig, TransformerConfig
 from chameleon_jax.planning.layout import Layout, cache_bytes, itemsize
 from chameleon_jax.planning.topologies import Topology
 from chameleon_jax.planning.weights import trained_weights, weight_bytes
@@ -179,11 +179,13 @@ class Requests:
     n: requests under way together.
     context: tokens of each, prompt and answer; the cache has the power of two above it.
     guided: pictures are guided: a request inside one has three streams (`sampling/guidance.py`).
+    cache_dtype: of keys and values, by default that of the computation.
   """
 
   n: int = 1
   context: int = 4096
   guided: bool = True
+  cache_dtype: CacheDtype | None = None
 
   def streams(self, layout: Layout) -> int:
     """Rows of the cache, as `sampling/stream_pool.py` sizes it."""
@@ -200,7 +202,7 @@ def decode_speed(config: TransformerConfig, requests: Requests, topology: Topolo
   streams, slots = requests.streams(layout), requests.slots(config)
   local = streams // layout.batch_shards
   weights = sum(matmul_weights(config)) / layout.tensor * itemsize(config.dtype)
-  cache = cache_bytes(config, layout, streams=streams, slots=slots)
+  cache = cache_bytes(config, layout, streams=streams, slots=slots, dtype=requests.cache_dtype)
   memory = (weights + cache) / (chip.hbm * assumptions.hbm_efficiency)
   attention = config.n_layers * 4 * config.n_heads * config.d_head * slots
   compute = local * (2 * sum(matmul_weights(config)) + attention) / layout.tensor / (chip.flops * assumptions.efficiency_on(topology))

@@ -34,9 +34,9 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from chameleon_jax.array_types import Params, PyTree
-from chameleon_jax.config import SamplingOptions, TransformerConfig
+from chameleon_jax.config import CacheDtype, SamplingOptions, TransformerConfig
 from chameleon_jax.errors import CheckpointError, PromptError, SamplingError
-from chameleon_jax.models.transformer.cache import init_cache
+from chameleon_jax.models.transformer.cache import check_cache_dtype, init_cache
 from chameleon_jax.models.transformer.model import Transformer, decoding_params
 from chameleon_jax.sampling import guidance, loop, modality
 from chameleon_jax.sampling import logits as drawing
@@ -66,8 +66,8 @@ class ModelFunctions:
 
 
 @functools.lru_cache(maxsize=8)
-def model_functions(config: TransformerConfig) -> ModelFunctions:
-  """The transformer as the sampler wants it. Cached, so that engines of one config share compiled programs."""
+def model_functions(config: TransformerConfig, cache_dtype: CacheDtype | None) -> ModelFunctions:
+  """The transformer as the sampler wants it. Cached, so that engines of one config and type of cache share compiled programs."""
   model = Transformer(config)
 
   def forward(params: Params, tokens: Any, positions: Any, cache: PyTree) -> tuple[Any, PyTree]:
@@ -77,7 +77,7 @@ def model_functions(config: TransformerConfig) -> ModelFunctions:
   def unembed(params: Params, hidden: Any) -> Any:
     return model.apply({'params': params}, hidden, method='unembed')
 
-  return ModelFunctions(forward, unembed, jax.jit(functools.partial(init_cache, config), static_argnums=(0, 1)))
+  return ModelFunctions(forward, unembed, jax.jit(functools.partial(init_cache, config, dtype=cache_dtype), static_argnums=(0, 1)))
 
 
 def _on_host(tree: PyTree) -> PyTree:
@@ -109,6 +109,7 @@ class Engine:
     max_rows: int = 64,
     max_prompt_piece: int = 512,
     mesh: Mesh | None = None,
+    cache_dtype: CacheDtype | None = None,
     functions: ModelFunctions | None = None,
   ):
     """Takes the transformer apart into one array per layer.
@@ -121,13 +122,16 @@ class Engine:
       max_rows: requests under way together at most.
       max_prompt_piece: tokens of a prompt that are filled in between two runs of steps, rounded up to a power of two.
       mesh: the mesh of `params`; by default found from them.
-      functions: the model, by default the transformer of `config`; `params` then go to it as they are.
+      cache_dtype: of keys and values, see `cache.init_cache`; 'int8' has a scale for each token and head.
+      functions: the model, by default the transformer of `config`; `params` then go to it as they are, and it makes the cache.
 
     Raises:
       CheckpointError: vocabulary and transformer do not match.
+      ConfigError: there is no such type of cache.
     """
     if config.vocab_size != vocabulary.size:
       raise CheckpointError(f'the vocabulary has {vocabulary.size} ids and the transformer {config.vocab_size}: they are not of one model')
+    check_cache_dtype(cache_dtype)
     self.config = dataclasses.replace(config, scan_layers=False, remat='none', dropout=0.0)
     self.params = decoding_params(params, config) if functions is None else params
     self.vocabulary = vocabulary
@@ -136,7 +140,7 @@ class Engine:
     self._mesh = mesh or found
     self._limits = Limits(vocabulary, n_image_tokens, config.max_seq_len)
     self._table = modality.token_table(vocabulary, n_image_tokens=n_image_tokens, max_seq_len=config.max_seq_len)
-    self._functions = functions or model_functions(self.config)
+    self._functions = functions or model_functions(self.config, cache_dtype)
     self._pool = StreamPool(
       self._functions.make_cache,
       forward=self._functions.forward,

@@ -262,10 +262,11 @@ def put_streams(cache: PyTree, part: PyTree, streams: Int[AnyArray, ' b']) -> Py
 
 @functools.partial(jax.jit, static_argnames='slots')
 def resize(cache: PyTree, streams: Int[AnyArray, ' R'], *, slots: int) -> PyTree:
-  """A cache of the given streams, in this order, with `slots` slots each (arrays [R, K, S, H]); numbers outside give any stream."""
+  """A cache of the given streams, in this order, with `slots` slots each (arrays [R, K, S, ...]); numbers outside give any stream."""
 
   def fitted(whole: Any) -> Any:
     missing = slots - whole.shape[2]
-    return jnp.pad(whole, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing > 0 else whole[:, :, :slots]
+    behind = tuple((0, missing if axis == 2 else 0) for axis in range(whole.ndim))
+    return jnp.pad(whole, behind) if missing > 0 else whole[:, :, :slots]
 
   return jax.tree.map(lambda whole: fitted(jnp.take(whole, jnp.asarray(streams), axis=0, mode='clip')), cache)

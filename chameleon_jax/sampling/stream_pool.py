@@ -29,7 +29,7 @@ import numpy as np
 from chameleon_jax.array_types import Params, PyTree
 from chameleon_jax.sampling import loop
 
-MakeCache: TypeAlias = Callable[[int, int], PyTree]  # (streams, slots) -> empty cache of arrays [R, K, S, H]
+MakeCache: TypeAlias = Callable[[int, int], PyTree]  # (streams, slots) -> empty cache of arrays [R, K, S, ...]
 
 MIN_SLOTS = 32
 LIGHT_BYTES = 1 << 20  # a cache below it is light beside any parameters

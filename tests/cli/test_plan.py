@@ -40,6 +40,16 @@ def test_nothing_fits_is_exit_code_one(capsys):
   assert 'why not:' in text and 'without guidance: --noguided' in text
 
 
+def test_sampling_with_an_int8_cache(tmp_path, capsys):
+  asked = ['plan', '--size=7b', '--topology=1xh200', '--task=sample', '--requests=8', '--noguided', '--context=2048']
+  caches = []
+  for flag in ([], ['--cache_dtype=int8']):
+    output = tmp_path / 'plan.json'
+    assert cli.main([*asked, *flag, f'--json={output}']) == 0
+    caches.append(json.loads(output.read_text())['candidates']['given']['moments']['decode']['cache'])
+  assert capsys.readouterr().out.splitlines()[-1] and caches == [8 * 2048 * 524_288, 8 * 2048 * 270_336]
+
+
 def test_sampling(capsys):
   assert cli.main(['plan', '--size=7b', '--topology=1xh200', '--task=sample', '--requests=8', '--noguided', '--context=2048']) == 0
   assert capsys.readouterr().out.startswith('Chameleon 7B: sampling, 8 requests of 2,048 tokens\n')

@@ -77,20 +77,22 @@ def test_bad_input_is_one_line(model, arguments, message, capsys):
 
 
 @pytest.mark.parametrize('command', ['sample', 'evaluate'])
-def test_the_weights_can_be_kept_in_int8(model, command, monkeypatch, capsys):
+def test_weights_and_cache_can_be_kept_in_int8(model, command, monkeypatch, capsys):
   asked = []
 
   def load(path, **options):
-    asked.append(options['quantization'])
+    asked.append((options['quantization'], options['cache_dtype']))
     raise PromptError('seen enough')
 
   monkeypatch.setattr(Chameleon, 'load', load)
   arguments = [command, f'--model={model}', *(['--prompt=a'] if command == 'sample' else [])]
-  assert main([*arguments, '--quantization=int8']) == main(arguments) == 1 and asked == ['int8', None]
+  assert main([*arguments, '--quantization=int8', '--cache_dtype=int8']) == main(arguments) == 1
+  assert asked == [('int8', 'int8'), (None, None)]
   capsys.readouterr()
-  assert main([*arguments, '--quantization=int4']) == 2
-  error = capsys.readouterr().err.strip()
-  assert 'int4' in error and 'int8' in error and '\n' not in error
+  for flag in ('quantization', 'cache_dtype'):
+    assert main([*arguments, f'--{flag}=int4']) == 2
+    error = capsys.readouterr().err.strip()
+    assert flag in error and 'int4' in error and 'int8' in error and '\n' not in error
 
 
 # ------------------------------------------------------------------------------------ on a tiny model

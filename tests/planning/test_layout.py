@@ -26,6 +26,15 @@ def test_cache_of_grouped_heads():
   assert cache_bytes(presets.chameleon_34b(), Layout(2, 2, 2), streams=12, slots=4096) == 2 * 48 * 3 * 4 * 4096 * 128 * 2
 
 
+def test_an_int8_cache_is_a_byte_a_value_and_four_a_head():
+  """7B, one token: 2 * L * K * (H + 4) bytes in place of 2 * L * K * H * 2."""
+  one = Layout(1, 1, 1)
+  int8, bfloat16 = (cache_bytes(presets.chameleon_7b(), one, streams=1, slots=32, dtype=dtype) / 32 for dtype in ('int8', None))
+  assert (int8, bfloat16) == (2 * 32 * 32 * (128 + 4), 2 * 32 * 32 * 128 * 2) == (270_336, 524_288)
+  spread = cache_bytes(presets.chameleon_34b(), Layout(2, 2, 2), streams=12, slots=4096, dtype='int8')
+  assert spread == 2 * 48 * 3 * 4 * 4096 * (128 + 4)
+
+
 @pytest.mark.parametrize(
   ('layout', 'words'),
   [

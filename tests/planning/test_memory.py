@@ -160,3 +160,13 @@ def test_a_guided_request_takes_three_streams():
 def test_slots_are_a_power_of_two_and_never_beyond_the_context():
   model = presets.chameleon_7b()
   assert [Requests(1, n).slots(model) for n in (1, 33, 1025, 4096)] == [32, 64, 2048, 4096]
+
+
+def test_an_int8_cache_and_the_keys_of_a_layer_beside_it():
+  """7B, 32 streams of 4,096 slots: 33 GiB in place of 64, and 32 heads of 128 channels of one layer in bfloat16."""
+  bfloat16, int8 = (
+    sample_memory(presets.chameleon_7b(), Requests(32, 4096, False, dtype), Layout(1, 1, 1)).moments for dtype in (None, 'int8')
+  )
+  assert bfloat16['decode']['cache'] == 64 * 2**30 and int8['decode']['cache'] == 33 * 2**30
+  assert int8['decode']['converted keys'] == 2 * int8['fill']['converted keys'] == 32 * 4096 * 32 * 128 * 2
+  assert bfloat16['decode']['converted keys'] == 0

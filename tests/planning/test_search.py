@@ -170,6 +170,7 @@ def test_sampling_too_much_says_what_is_less():
   assert plan.best is None and plan.given is not None and not plan.given.fits
   assert plan.changes == (
     *('more chips: 16xl4 fits', 'fewer at once: --requests', 'shorter ones: --context', 'without guidance: --noguided'),
+    'keys and values in int8: --cache_dtype=int8',
   )
 
 

@@ -55,6 +55,23 @@ def test_a_mesh_gives_the_tokens_of_one_device(shape):
   assert engine._shards == shape.get('data', 1) * shape.get('fsdp', 1)
 
 
+def test_an_int8_cache_lies_on_the_mesh_and_gives_the_tokens_of_one_device():
+  mesh = make_mesh(MeshConfig(data=2, tensor=2, fsdp=2))
+  params = jax.device_put(nn.meta.unbox(boxed()), shardings_of(boxed(), mesh))
+  spread, one = (Engine(CONFIG, given, V, n_image_tokens=N, cache_dtype='int8') for given in (params, nn.meta.unbox(boxed())))
+  options = SamplingOptions(max_new_tokens=9, modalities='text', temperature=1.0, seed=5)
+  spread.submit(prompts()[0], options)
+  tokens = [progress.tokens for progress in spread.advance(2)]
+  leaves = jax.tree.leaves(spread._pool.cache)
+  assert {leaf.dtype.name for leaf in leaves} == {'int8', 'float32'}
+  for leaf in leaves:
+    assert leaf.addressable_shards[0].data.shape == (leaf.shape[0] // 4, leaf.shape[1] // 2, *leaf.shape[2:])
+  while spread.pending:
+    tokens += [progress.tokens for progress in spread.advance()]
+  np.testing.assert_array_equal(np.concatenate(tokens), one.generate_tokens(prompts()[:1], options)[0])
+  assert len(np.concatenate(tokens)) > 4
+
+
 def test_the_cache_lies_on_the_mesh():
   mesh = make_mesh(MeshConfig(data=4, tensor=2, fsdp=1))
   params = jax.device_put(nn.meta.unbox(boxed()), shardings_of(boxed(), mesh))

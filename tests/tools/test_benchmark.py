@@ -136,6 +136,16 @@ def test_a_wrong_weight_is_neither_filled_in_nor_decoded_under_the_clock(broken,
     assert [row.reached for row in rows] == [False] and rows[0].value.startswith('not timed: float32 logits differ by ')
 
 
+def test_a_cache_in_int8_has_a_gate(bench, tools, monkeypatch):
+  way, prompt = tools.models.INT8_CACHE, bench.subject.text(1, 16)
+  assert tools.transformer.rounded_off(bench.subject, way, prompt) is None
+  through_none = tools.transformer.last_logits(*bench.subject.way(way), all_positions=True)(prompt)
+  through_int8 = tools.transformer.last_logits(*bench.subject.way(way), all_positions=True, cache='int8')(prompt)
+  assert 1e-4 < tools.transformer.relative(through_int8, through_none) < tools.transformer.NARROW
+  monkeypatch.setattr(tools.transformer, 'NARROW', 1e-9)
+  assert tools.transformer.rounded_off(bench.subject, way, prompt).startswith('int8 weights and cache logits are ')
+
+
 def test_other_tokens_are_not_timed(bench, no_clock, tools, monkeypatch):
   honest = tools.torch_plain.PlainDecoder.run
   monkeypatch.setattr(tools.torch_plain.PlainDecoder, 'run', lambda self, prepared: honest(self, prepared)[:, ::-1])

@@ -138,6 +138,18 @@ def test_the_sampler_is_let_through_and_measured(tools, work, subject):
   assert weights < nbytes < weights + 12 * 2 * 32 * 2 + 1000  # a few vectors beside them
 
 
+def test_many_rows_with_an_int8_cache_are_a_row_of_their_own(tools, work, subject, monkeypatch):
+  way = tools.gpu_sampling.INT8_CACHE
+  (row,) = tools.gpu_sampling.decode_many(work, subject, way)
+  assert row.what.endswith(', int8 weights and cache') and row.aim == '-' and row.reached is None and 'of the limit' in row.value
+  more = [tools.gpu_sampling.read_bytes(work, subject.way(way)[1], slots, 3, way) for slots in (0, 10)]
+  config = work.sizes.transformer
+  assert more[1] - more[0] == 3 * 10 * 2 * config.n_layers * config.n_kv_heads * (config.d_head + 4)
+  monkeypatch.setattr(tools.gpu_sampling, 'NARROW', 1e-9)
+  (row,) = tools.gpu_sampling.decode_many(work, subject, way)
+  assert row.reached is False and row.value.startswith('not timed: an int8 cache moves the logits by ')
+
+
 def test_other_tokens_are_refused(tools, work, subject, monkeypatch):
   honest = tools.gpu_sampling.greedy
   monkeypatch.setattr(tools.gpu_sampling, 'greedy', lambda *a: np.roll(honest(*a), 1, axis=1))

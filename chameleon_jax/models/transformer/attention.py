@@ -17,6 +17,7 @@ from chameleon_jax.config import AttentionImplementation, Dtype
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer import gpu_attention
 from chameleon_jax.models.transformer.blockwise import attend_blockwise, attend_slots
+from chameleon_jax.models.transformer.slots import QuantizedSlots, key_product, operand_dtype, value_product
 from chameleon_jax.partitioning import target_platform
 
 
@@ -158,25 +159,26 @@ def attend_rows(
 
 
 def attend_cache(
-    q: Float[Array, 'B T N H'], k: Float[Array, 'B K S H'], v: Float[Array, 'B K S H'], *, positions: Positions, dtype: Dtype
+    q: Float[Array, 'B T N H'], k: Float[Array, 'B K S H'] | QuantizedSlots, v: Float[Array, 'B K S H'] | QuantizedSlots, *,
+    positions: Positions, dtype: Dtype,
 ) -> Float[Array, 'B T N H']:
   """Attention of new tokens to the slots of a cache up to their own position.
 
-  A piece of a prompt of one block or more runs blockwise, with operands of `dtype`. For fewer tokens the operands take the type of the
-  cache: casting a whole cache would cost more than the products.
+  A piece of a prompt of one block or more runs blockwise, with operands of `dtype`; the products for fewer tokens are those of `slots`.
   """
   batch, length, n_heads, d_head = q.shape
-  n_kv_heads, block = k.shape[1], block_size(target_platform())
-  if length >= block and k.shape[2] >= block:
+  n_kv_heads, n_slots = jax.tree.leaves(k)[0].shape[1:3]
+  block = block_size(target_platform())
+  if length >= block and n_slots >= block:
     missing = -length % block
     padded = jnp.swapaxes(jnp.pad((q * d_head**-0.5).astype(dtype), ((0, 0), (0, missing), (0, 0), (0, 0))), 1, 2)
     grouped = padded.reshape(batch, n_kv_heads, n_heads // n_kv_heads, length + missing, d_head)
     places = jnp.pad(jnp.asarray(positions), ((0, 0), (0, missing)))
     context = attend_slots(block, grouped, k, v, places, dtype=dtype).reshape(batch, n_heads, length + missing, d_head)
     return jnp.swapaxes(context, 1, 2)[:, :length].astype(dtype)
-  groups = (q * d_head**-0.5).astype(k.dtype).reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, d_head)
-  scores = jnp.einsum('bktgh,bksh->bktgs', jnp.swapaxes(groups, 1, 2), k, preferred_element_type=jnp.float32)
-  mask = cache_mask(positions, k.shape[2])[:, :, :, None]
+  groups = (q * d_head**-0.5).astype(operand_dtype(k, dtype)).reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, d_head)
+  scores = key_product(jnp.swapaxes(groups, 1, 2), k)
+  mask = cache_mask(positions, n_slots)[:, :, :, None]
   weights = jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
-  summed = jnp.einsum('bktgs,bksh->bktgh', weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+  summed = value_product(weights, v, dtype)
   return jnp.swapaxes(summed, 1, 2).reshape(q.shape).astype(dtype)

@@ -26,6 +26,7 @@ from jaxtyping import Float, Int
 
 from chameleon_jax.array_types import Array
 from chameleon_jax.config import Dtype
+from chameleon_jax.models.transformer.slots import Slots, operand
 
 CONTEXT = 'context'  # name of the results that a rematerialisation policy may keep
 _FAR = -1e30  # score of a masked pair
@@ -95,14 +96,14 @@ def _scores(q: Array, k: Array, segment_ids: Array, *, row: Array, column: Array
 
 
 def _softmax_over_blocks(
-    q: Array, blocks: tuple[Array, Array], of: Callable[[Array], tuple[Array, Array]], d_value: int
+    q: Array, blocks: tuple[Array, Array], of: Callable[[Array], tuple[Array, Callable[[Array], Array]]], d_value: int
 ) -> tuple[Array, Array]:
   """Attention of one block of queries to a range of blocks of keys, with a running maximum and sum.
 
   Args:
     q: [B, K, G, t, H].
     blocks: first, and the one behind the last.
-    of: block index -> (masked float32 scores [B, K, G, t, s], values [B, K, s, d_value]).
+    of: block index -> (masked float32 scores [B, K, G, t, s], function from such weights to float32 sums of values [B, K, G, t, d_value]).
     d_value: channels of a value.
 
   Returns:
@@ -112,11 +113,10 @@ def _softmax_over_blocks(
 
   def one_block(column: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     top, total, summed = carry
-    scores, v = of(column)
+    scores, sum_values = of(column)
     new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
     weights, shrink = jnp.exp(scores - new_top), jnp.exp(top - new_top)
-    summed = summed * shrink + _einsum('bkgts,bksh->bkgth', weights.astype(v.dtype), v)
-    return new_top, total * shrink + weights.sum(-1, keepdims=True), summed
+    return new_top, total * shrink + weights.sum(-1, keepdims=True), summed * shrink + sum_values(weights)
 
   empty = jnp.full((*shape, 1), _FARTHER), jnp.zeros((*shape, 1)), jnp.zeros((*shape, d_value))
   top, total, summed = lax.fori_loop(*blocks, one_block, empty)
@@ -129,8 +129,10 @@ def _forward(block: int, q: Queries, k: Keys, v: Keys, segment_ids: SegmentIds) 
   def one_row(row: Array) -> tuple[Array, Array]:
     q_row = _cut(q, row, block)
 
-    def of(column: Array) -> tuple[Array, Array]:
-      return _scores(q_row, _cut(k, column, block), segment_ids, row=row, column=column), _cut(v, column, block)
+    def of(column: Array) -> tuple[Array, Callable[[Array], Array]]:
+      v_column = _cut(v, column, block)
+      scores = _scores(q_row, _cut(k, column, block), segment_ids, row=row, column=column)
+      return scores, lambda weights: _einsum('bkgts,bksh->bkgth', weights.astype(v.dtype), v_column)
 
     return _softmax_over_blocks(q_row, (starts[row], row + 1), of, v.shape[-1])
 
@@ -138,36 +140,36 @@ def _forward(block: int, q: Queries, k: Keys, v: Keys, segment_ids: SegmentIds) 
   return _join(context), _join(log_sums)
 
 
-def attend_slots(
-    block: int, q: Queries, k: Float[Array, 'B K S H'], v: Float[Array, 'B K S H'], positions: Int[Array, 'B T'], *, dtype: Dtype
-) -> Queries:
+def attend_slots(block: int, q: Queries, k: Slots, v: Slots, positions: Int[Array, 'B T'], *, dtype: Dtype) -> Queries:
   """softmax(q k^T) v of new tokens over the slots of a cache up to their own position; slots behind the last one are not read.
 
   Args:
     block: queries and slots of one block; divides T, and is at most S.
     q: queries, already scaled, of the type `dtype`.
-    k, v: the cache, of any type; blocks of it are cast to `dtype` as they are read.
+    k, v: the cache [B, K, S, H], of any type; blocks of it are cast to `dtype` as they are read, and scales of int8 leave the products.
     positions: slot of each query.
     dtype: type of the operands of the products.
 
   Returns:
-    float32 [B, K, G, T, H]. It has no gradient of its own: loops with a bound that is data are differentiated forwards only.
+    float32 [B, K, G, T, H]. For reading only: loops whose bound is data have no reverse derivative.
   """
-  n_slots = k.shape[2]
+  n_slots = jax.tree.leaves(k)[0].shape[2]
 
   def one_row(row: Array) -> Array:
     q_row = _cut(q, row, block)
     places = lax.dynamic_slice_in_dim(positions, row * block, block, axis=1)
 
-    def of(column: Array) -> tuple[Array, Array]:
+    def of(column: Array) -> tuple[Array, Callable[[Array], Array]]:
       first = jnp.minimum(column * block, n_slots - block)  # the last block may overlap the one before
-      slots = first + jnp.arange(block, dtype=jnp.int32)
-      k_column, v_column = (lax.dynamic_slice_in_dim(x, first, block, axis=2).astype(dtype) for x in (k, v))
-      mask = (slots <= places[:, :, None]) & (slots >= column * block)
-      return _masked(_einsum('bkgth,bksh->bkgts', q_row, k_column), mask), v_column
+      numbers = first + jnp.arange(block, dtype=jnp.int32)
+      read = jax.tree.map(lambda leaf: lax.dynamic_slice_in_dim(leaf, first, block, axis=2), (k, v))
+      (keys, key_scale), (values, value_scale) = (operand(slots, dtype) for slots in read)
+      mask = (numbers <= places[:, :, None]) & (numbers >= column * block)
+      scores = _masked(_einsum('bkgth,bksh->bkgts', q_row, keys) * key_scale, mask)
+      return scores, lambda weights: _einsum('bkgts,bksh->bkgth', (weights * value_scale).astype(dtype), values)
 
     last = jnp.minimum(places.max(), n_slots - 1)
-    return _softmax_over_blocks(q_row, (jnp.zeros_like(last), last // block + 1), of, v.shape[-1])[0]
+    return _softmax_over_blocks(q_row, (jnp.zeros_like(last), last // block + 1), of, q.shape[-1])[0]
 
   return _join(lax.map(one_row, jnp.arange(q.shape[3] // block, dtype=jnp.int32)))
 

@@ -124,7 +124,7 @@ class Transformer(nn.Module):
     else:
       outputs = []
       for index, layer in enumerate(self.layers):
-        layer_cache = None if cache is None else (cache.k[index], cache.v[index])
+        layer_cache = None if cache is None else cache.layer(index)
         x, output = layer(x, layer_cache, turn, positions, segment_ids, deterministic)
         outputs.append(output)
       caches, per_layer = zip(*outputs)

@@ -58,18 +58,20 @@ def contracted_axes(name: str) -> tuple[int, ...] | None:
 
 
 def quantize(weights: AnyArray, axes: tuple[int, ...]) -> QuantizedKernel:
-  """Rounds to the nearest of 255 levels, where the weights lie; channels of nought get the scale 1.
+  """Rounds to the nearest of 255 levels, where the weights lie; channels of nought get the scale 1, those that are not finite one
+  that is not finite either.
 
   Args:
-    weights: any float type, finite; of numpy or on a device.
+    weights: any float type; of numpy or on a device.
     axes: those that share a scale.
   """
   xp: Any = jnp if isinstance(weights, jax.Array) else np
   wide = xp.asarray(weights).astype(np.float32)
   largest = xp.max(xp.abs(wide), axis=axes, keepdims=True)
-  scale = xp.where(largest > 0, largest / np.float32(LEVELS), np.float32(1))
+  scale = xp.where(largest == 0, np.float32(1), largest / np.float32(LEVELS))
   scale = xp.maximum(scale, np.finfo(np.float32).tiny)
-  values = xp.clip(xp.rint(wide / scale), -LEVELS, LEVELS).astype(np.int8)
+  with np.errstate(invalid='ignore'):  # the scale says it
+    values = xp.clip(xp.rint(wide / scale), -LEVELS, LEVELS).astype(np.int8)
   return QuantizedKernel(values, xp.squeeze(scale, axes).astype(np.float32))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from chameleon_jax.errors import ConfigError
 from chameleon_jax.models.transformer import attention
+from chameleon_jax.models.transformer.slots import QuantizedSlots, quantize_tokens
 
 
 def picture(mask) -> list[str]:
@@ -84,6 +85,17 @@ def test_a_piece_of_a_prompt_against_a_cache_equals_float64(dtype, length, start
   assert ours.dtype == jnp.dtype(dtype)
   off = np.abs(np.asarray(ours, np.float64) - expected).max()
   assert off < (1e-5 if dtype == 'float32' else 0.05) * np.abs(expected).max()
+
+
+def test_a_piece_of_a_prompt_against_an_int8_cache_is_that_against_what_it_stands_for():
+  q, k, v = draw(length=130, slots=264)
+  positions = np.array([[134], [0], [57]], np.int32) + np.arange(130, dtype=np.int32)
+  rounded = [quantize_tokens(jnp.asarray(x)) for x in (k, v)]
+  meant = [np.asarray(part.values, np.float64) * np.asarray(part.scale)[..., None] for part in rounded]
+  expected = reference(q, *meant, np.arange(264) <= positions[:, :, None])
+  cached = [QuantizedSlots(jnp.swapaxes(part.values, 1, 2), jnp.swapaxes(part.scale, 1, 2)) for part in rounded]
+  ours = jax.jit(functools.partial(attention.attend_cache, dtype='float32'))(jnp.asarray(q), *cached, positions=positions)
+  np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_blocks_of_a_cache_that_no_query_sees_are_not_read():

@@ -52,8 +52,14 @@ def relative_error(ours, theirs) -> float:
   return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
-def reference_logits(config: TransformerConfig, params, tokens, positions) -> np.ndarray:
-  """One row [T], one document, in float64, head by head and query by query."""
+def as_stored_in_int8(x):
+  """Keys or values [H] as they come back from a cache in int8."""
+  step = np.abs(x).max() / 127
+  return np.rint(x / step) * step
+
+
+def reference_logits(config: TransformerConfig, params, tokens, positions, *, stored=lambda x: x) -> np.ndarray:
+  """One row [T], one document, in float64, head by head and query by query; `stored` is what attention sees of a key or value [H]."""
   p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
   half = config.d_head // 2
 
@@ -78,8 +84,8 @@ def reference_logits(config: TransformerConfig, params, tokens, positions) -> np
     for head in range(config.n_heads):
       kv = head // (config.n_heads // config.n_kv_heads)
       q = [turn(head_norm(row @ layer['q_proj'][:, head], layer.get('q_norm'), head), at) for row, at in zip(y, positions)]
-      k = [turn(head_norm(row @ layer['k_proj'][:, kv], layer.get('k_norm'), kv), at) for row, at in zip(y, positions)]
-      v = [row @ layer['v_proj'][:, kv] for row in y]
+      k = [stored(turn(head_norm(row @ layer['k_proj'][:, kv], layer.get('k_norm'), kv), at)) for row, at in zip(y, positions)]
+      v = [stored(row @ layer['v_proj'][:, kv]) for row in y]
       for t in range(len(y)):
         score = np.array([q[t] @ k[s] / np.sqrt(config.d_head) for s in range(t + 1)])
         weight = np.exp(score - score.max())
@@ -174,6 +180,30 @@ def test_cached_decoding_equals_the_full_forward_for_ragged_rows(scan_layers, no
     logits, cache = forward(config, params, tokens[[0, 1], at][:, None], positions=at[:, None].astype(np.int32), cache=cache)
     for row in range(2):
       assert relative_error(logits[row, 0], full[row, at[row]]) < 1e-5
+
+
+@pytest.mark.parametrize('scan_layers', [True, False])
+def test_decoding_with_an_int8_cache_equals_the_reference_with_rounded_keys_and_values(scan_layers):
+  """Prompts of 5 and 2 tokens, prefilled in rows of 5, then four steps; the reference sees whole rows, without a cache."""
+  params, tokens, lengths = initialise(TINY), random_tokens(2, 9), np.array([5, 2])
+  expected, unrounded = (
+    [reference_logits(TINY, params, row, np.arange(9), stored=stored) for row in tokens] for stored in (as_stored_in_int8, lambda x: x)
+  )
+  config = dataclasses.replace(TINY, scan_layers=scan_layers)
+  params = params if scan_layers else unstack_layers(params)
+  cache = init_cache(config, 2, 12, 'int8')
+  logits, cache = forward(config, params, np.where(np.arange(5) < lengths[:, None], tokens[:, :5], 7), cache=cache)
+  seen = [list(logits[row, :length]) for row, length in enumerate(lengths)]
+  for step in range(4):
+    at = lengths + step
+    logits, cache = forward(config, params, tokens[[0, 1], at][:, None], positions=at[:, None].astype(np.int32), cache=cache)
+    for row in range(2):
+      seen[row].append(logits[row, 0])
+  assert {leaf.dtype.name for leaf in jax.tree.leaves(cache)} == {'int8', 'float32'}
+  for row in range(2):
+    n = lengths[row] + 4
+    assert relative_error(seen[row], expected[row][:n]) < 1e-3  # room for a value of the 864 that float32 rounds to the step beside
+    assert 5e-3 < relative_error(seen[row], unrounded[row][:n]) < 0.05
 
 
 def test_hidden_and_unembed_make_the_logits_and_report_each_layer():

@@ -56,6 +56,13 @@ def test_a_channel_of_nought_and_one_of_tiny_weights():
   np.testing.assert_allclose(dequantize(kernel, (0,))[:, 2], [3, -6], atol=6 / 127 / 2)
 
 
+@pytest.mark.parametrize('place', [np.asarray, jnp.asarray], ids=['numpy', 'jax'])
+@pytest.mark.filterwarnings('error')
+def test_a_channel_that_is_not_finite_says_so_in_its_scale(place):
+  kernel = quantize(place(np.array([[1, np.nan, 3], [2, 0, -np.inf]], np.float32)), (0,))
+  np.testing.assert_array_equal(np.isfinite(kernel.scale), [True, False, False])
+
+
 def test_whole_steps_come_back_exactly():
   weights = np.array([[127, -3], [-64, 127], [5, 0]], np.float32) * np.array([0.5, 0.25], np.float32)
   kernel = quantize(weights, (0,))
