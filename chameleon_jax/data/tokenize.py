@@ -201,7 +201,7 @@ class Tokenization:
   def _codes(self, pictures: np.ndarray) -> Array:
     assert self._encode is not None
     codes = self._encode(pictures)
-    return codes.block_until_ready() if self._at_once > 1 else codes  # a device keeps the order of what it is given
+    return jax.block_until_ready(codes) if self._at_once > 1 else codes  # a device keeps the order of what it is given
 
   def _packed(self, document: Document, codes: Sequence[np.ndarray]) -> Any:
     waiting = iter(codes)
