@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from chameleon_jax.array_types import Array, Params
+from chameleon_jax.array_types import AnyArray, Params
 from chameleon_jax.config import VQGANConfig
 from chameleon_jax.data.encode import encoder_fingerprint, make_batch_encoder, prepared
 from chameleon_jax.data.sources.fingerprint import fingerprint
@@ -77,7 +77,7 @@ class Tokenization:
     if not len(self.source):
       raise DataError(f'source {job.source!r} has no documents in split {job.split!r}')
     self.config, self._text = tokenizers.vqgan_config, tokenizers.text_tokenizer
-    self._encode: Callable[[np.ndarray], Array] | None = None
+    self._encode: Callable[[np.ndarray], AnyArray] | None = None
     self._at_once = 1
     images = text = None
     if self.config is not None:
@@ -198,10 +198,10 @@ class Tokenization:
           codes.cancel()
     assert not waiting and not rows
 
-  def _codes(self, pictures: np.ndarray) -> Array:
+  def _codes(self, pictures: np.ndarray) -> AnyArray:
     assert self._encode is not None
     codes = self._encode(pictures)
-    return jax.block_until_ready(codes) if self._at_once > 1 else codes  # a device keeps the order of what it is given
+    return np.asarray(codes) if self._at_once > 1 else codes  # waits for them; a device keeps the order of what it is given
 
   def _packed(self, document: Document, codes: Sequence[np.ndarray]) -> Any:
     waiting = iter(codes)
