@@ -109,11 +109,10 @@ def model_flops(config: TrainConfig) -> float:
 
 
 def executed_flops(config: TrainConfig) -> float:
-  """FLOPs of one token as the program runs them: recomputed layers, logits and attention weights counted."""
-  (layers, head), trains = matmul_weights(config.model), trained_weights(config)
-  again = 2.0 * head if config.loss_chunks > 1 else 0.0
+  """FLOPs of one token as the program runs them: recomputed layers and attention weights counted. Logits are made once, in pieces or not."""
+  layers, again = matmul_weights(config.model)[0], 0.0
   score = attention_flops(config.model, config.data.seq_len) / 2  # one product
-  if trains.below:
+  if trained_weights(config).below:
     again += 2 * layers + 2 * score if config.model.remat == 'full' else 0.0
     again += score  # the scores, in the backward pass
   return model_flops(config) + again

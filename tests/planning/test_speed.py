@@ -28,14 +28,14 @@ def test_flops_of_a_token():
 
 
 def test_what_recomputation_costs():
-  """Without any: forward and backward, and the scores of attention once more. Full: all layers again. Chunked loss: the head again."""
+  """Without any: forward and backward, and the scores of attention once more. Full: all layers again. Logits in pieces: nothing."""
   layers, head = matmul_weights(presets.chameleon_7b())
   attention = 32 * 2 * 32 * 128 * 2048  # one of the two products
   plain = executed_flops(run(remat='none', chunks=1))
   assert plain == 6 * (layers + head) + 7 * attention
   assert executed_flops(run(remat='dots', chunks=1)) == plain
   assert executed_flops(run(remat='full', chunks=1)) - plain == 2 * layers + 2 * attention
-  assert executed_flops(run(remat='none', chunks=16)) - plain == 2 * head
+  assert executed_flops(run(remat='none', chunks=16)) == plain
 
 
 def test_one_card_is_bound_by_products():
