@@ -228,6 +228,9 @@ def draw(found: dict[str, Any], output: pathlib.Path) -> None:
       axis.plot(x, limit, '--', color=f'C{place}', linewidth=0.8, label=f'{line}, limit')
     label, unit = _AXES[panel]
     axis.set(title=panel, xlabel=label, ylabel=unit, xscale='log', yscale='log')
+    sides = sorted({row['x'] for row in rows})
+    axis.set_xticks(sides, [f'{side / 1e6:.0f}M' if side >= 1e6 else f'{side:,.0f}' for side in sides], fontsize=7)
+    axis.set_xticks([], minor=True)
     axis.grid(alpha=0.3, which='both')
     axis.legend(fontsize=7)
   figure.savefig(output, dpi=110)
