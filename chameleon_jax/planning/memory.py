@@ -232,7 +232,7 @@ def sample_memory(model: TransformerConfig, requests: Requests, layout: Layout) 
   """Filling prompts and decoding on the fullest device.
 
     fill     weights, the cache, the part of the cache that up to 16 streams fill apart from it, and of one layer the scores of
-             a piece of 512 tokens against a block of slots, as float32 and in the compute type
+             a piece of 512 tokens against a block of slots or of one of 128 against all, as float32 and in the compute type
     grow     weights, the cache, and the cache before it: streams of guided pictures came on top
     decode   weights, the cache, float32 logits of every stream four times over (raw, mixed, masked, sorted)
 
@@ -247,7 +247,8 @@ def sample_memory(model: TransformerConfig, requests: Requests, layout: Layout) 
   local = streams // layout.batch_shards
   filled = min(local, FILL_ROWS)
   piece = min(512, slots)
-  scores = filled * model.n_heads // layout.tensor * piece * piece  # blocks of slots are as large (`attention.attend_cache`)
+  pairs = max(piece * piece, min(128, slots) * slots)  # blocks of slots are as large as the piece (`attention.attend_cache`)
+  scores = filled * model.n_heads // layout.tensor * pairs
   before = dataclasses.replace(requests, guided=False).streams(layout)
   logits = local * model.vocab_size * 4
 
