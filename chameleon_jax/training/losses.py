@@ -135,7 +135,7 @@ def next_token_loss(
     chunks: pieces of a row; must divide T.
 
   Returns:
-    sum(w ce) + z_loss * sum(w logZ^2), the one part that has a gradient; and the sums.
+    sum(w ce) + z_loss * sum(w logZ^2), which is what to differentiate; and the sums, which have no gradient where `chunks` > 1.
 
   Raises:
     ConfigError: `chunks` does not divide T.
@@ -143,7 +143,7 @@ def next_token_loss(
   batch, length, _ = hidden.shape
   if chunks == 1:
     sums = sums_of_logits(unembed(hidden), targets, loss_weights, modalities)
-    return sums.cross_entropy + z_loss * sums.z_squared, jax.lax.stop_gradient(sums)
+    return sums.cross_entropy + z_loss * sums.z_squared, sums
   if length % chunks:
     raise ConfigError(f'loss_chunks {chunks} does not divide rows of {length} tokens; choose a divisor of data.seq_len')
 
