@@ -109,7 +109,7 @@ def model_flops(config: TrainConfig) -> float:
 
 
 def executed_flops(config: TrainConfig) -> float:
-  """FLOPs of one token as the program runs them: recomputed layers and attention weights counted. Logits are made once, in pieces or not."""
+  """FLOPs of one token as the program runs them: recomputed layers and attention weights counted. Logits are made once."""
   layers, again = matmul_weights(config.model)[0], 0.0
   score = attention_flops(config.model, config.data.seq_len) / 2  # one product
   if trained_weights(config).below:
