@@ -113,6 +113,23 @@ def block_size(platform: str) -> int:
   return 64 if platform == 'cpu' else 512
 
 
+def _in_blocks(x: Float[Array, 'B T heads H'], block: int) -> Float[Array, 'B heads blocks H']:
+  """Whole blocks of tokens, those of a head together; what is added lies behind every token."""
+  return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))), 1, 2)
+
+
+def _queries_in_blocks(q: Float[Array, 'B T N H'], n_kv_heads: int, block: int, dtype: Dtype) -> Float[Array, 'B K G blocks H']:
+  """Scaled queries, those of one key/value head together."""
+  blocks = _in_blocks((q * q.shape[-1] ** -0.5).astype(dtype), block)
+  return blocks.reshape(q.shape[0], n_kv_heads, -1, *blocks.shape[2:])
+
+
+def _out_of_blocks(context: Float[Array, 'B K G blocks H'], length: int, dtype: Dtype) -> Float[Array, 'B T N H']:
+  """The tokens of each row again."""
+  heads = context.astype(dtype).reshape(context.shape[0], -1, *context.shape[3:])
+  return jnp.swapaxes(heads, 1, 2)[:, :length]
+
+
 def attend_rows(
     q: Float[Array, 'B T N H'],
     k: Float[Array, 'B T K H'],
@@ -127,7 +144,7 @@ def attend_rows(
   Raises:
     ConfigError: the implementation that was asked for cannot serve (`choose`).
   """
-  batch, length, n_heads, d_head = q.shape
+  batch, length, _, d_head = q.shape
   platform, packed = target_platform(), segment_ids is not None
   generation = gpu_attention.generation() if platform == 'gpu' else None
   chosen = choose(implementation, platform=platform, generation=generation, length=length, dtype=dtype, d_head=d_head, packed=packed)
@@ -140,22 +157,14 @@ def attend_rows(
   block = block_size(platform)
   if segment_ids is None:
     segment_ids = jnp.ones((batch, length), jnp.int32)
-  missing = -length % block
-
-  def whole_blocks(x: Array) -> Array:
-    """[B, T, heads, H] -> [B, heads, whole blocks, H]; what is added lies behind every token."""
-    return jnp.swapaxes(jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))), 1, 2)
-
-  grouped = (batch, k.shape[2], n_heads // k.shape[2], length + missing, d_head)
   context = attend_blockwise(
       block,
-      whole_blocks((q * d_head**-0.5).astype(dtype)).reshape(grouped),
-      whole_blocks(k.astype(dtype)),
-      whole_blocks(v.astype(dtype)),
-      jnp.pad(segment_ids, ((0, 0), (0, missing))),
+      _queries_in_blocks(q, k.shape[2], block, dtype),
+      _in_blocks(k.astype(dtype), block),
+      _in_blocks(v.astype(dtype), block),
+      jnp.pad(segment_ids, ((0, 0), (0, -length % block))),
   )
-  context = context.astype(dtype).reshape(batch, n_heads, length + missing, d_head)
-  return jnp.swapaxes(context, 1, 2)[:, :length]
+  return _out_of_blocks(context, length, dtype)
 
 
 def attend_cache(
@@ -170,12 +179,9 @@ def attend_cache(
   n_kv_heads, n_slots = jax.tree.leaves(k)[0].shape[1:3]
   block = block_size(target_platform())
   if length >= block and n_slots >= block:
-    missing = -length % block
-    padded = jnp.swapaxes(jnp.pad((q * d_head**-0.5).astype(dtype), ((0, 0), (0, missing), (0, 0), (0, 0))), 1, 2)
-    grouped = padded.reshape(batch, n_kv_heads, n_heads // n_kv_heads, length + missing, d_head)
-    places = jnp.pad(jnp.asarray(positions), ((0, 0), (0, missing)))
-    context = attend_slots(block, grouped, k, v, places, dtype=dtype).reshape(batch, n_heads, length + missing, d_head)
-    return jnp.swapaxes(context, 1, 2)[:, :length].astype(dtype)
+    places = jnp.pad(jnp.asarray(positions), ((0, 0), (0, -length % block)))
+    context = attend_slots(block, _queries_in_blocks(q, n_kv_heads, block, dtype), k, v, places, dtype=dtype)
+    return _out_of_blocks(context, length, dtype)
   groups = (q * d_head**-0.5).astype(operand_dtype(k, dtype)).reshape(batch, length, n_kv_heads, n_heads // n_kv_heads, d_head)
   scores = key_product(jnp.swapaxes(groups, 1, 2), k)
   mask = cache_mask(positions, n_slots)[:, :, :, None]

@@ -58,7 +58,7 @@ def operand_dtype(slots: Slots, dtype: Dtype) -> Any:
   return slots.dtype
 
 
-def operand(slots: Slots, dtype: Dtype) -> tuple[Array, Array | float]:
+def operand(slots: Slots, dtype: Any) -> tuple[Array, Array | float]:
   """Slots [B, K, S, H] in `dtype`, and what multiplies each: its scale [B, K, 1, 1, S], or 1 where there is none."""
   if isinstance(slots, QuantizedSlots):
     return slots.values.astype(dtype), slots.scale[:, :, None, None]
@@ -67,15 +67,11 @@ def operand(slots: Slots, dtype: Dtype) -> tuple[Array, Array | float]:
 
 def key_product(queries: Float[Array, 'B K T G H'], keys: Slots) -> Float[Array, 'B K T G S']:
   """float32 scores of queries, which are of the operands' type."""
-  if not isinstance(keys, QuantizedSlots):
-    return jnp.einsum('bktgh,bksh->bktgs', queries, keys, preferred_element_type=jnp.float32)
-  scores = jnp.einsum('bktgh,bksh->bktgs', queries, keys.values.astype(queries.dtype), preferred_element_type=jnp.float32)
-  return scores * keys.scale[:, :, None, None]
+  held, scale = operand(keys, queries.dtype)
+  return jnp.einsum('bktgh,bksh->bktgs', queries, held, preferred_element_type=jnp.float32) * scale
 
 
 def value_product(weights: Float[Array, 'B K T G S'], values: Slots, dtype: Dtype) -> Float[Array, 'B K T G H']:
   """float32 sums of values with float32 weights, which are rounded to the operands' type; `dtype` is the compute type."""
-  if not isinstance(values, QuantizedSlots):
-    return jnp.einsum('bktgs,bksh->bktgh', weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
-  weights = (weights * values.scale[:, :, None, None]).astype(operand_dtype(values, dtype))
-  return jnp.einsum('bktgs,bksh->bktgh', weights, values.values.astype(weights.dtype), preferred_element_type=jnp.float32)
+  held, scale = operand(values, operand_dtype(values, dtype))
+  return jnp.einsum('bktgs,bksh->bktgh', (weights * scale).astype(held.dtype), held, preferred_element_type=jnp.float32)
