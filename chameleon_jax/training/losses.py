@@ -46,9 +46,13 @@ class LossSums:
   def __add__(self, other: 'LossSums') -> 'LossSums':
     return jax.tree.map(jnp.add, self, other)
 
+  def objective(self, z_loss: float) -> Array:
+    """What is minimised, before it is divided by the weight of the whole batch."""
+    return self.cross_entropy + z_loss * self.z_squared
+
   def loss(self, z_loss: float) -> Array:
     """The training loss."""
-    return (self.cross_entropy + z_loss * self.z_squared) / jnp.maximum(self.weight, 1e-9)
+    return self.objective(z_loss) / jnp.maximum(self.weight, 1e-9)
 
   def metrics(self) -> dict[str, Array]:
     """Means per modality (nats per token; NaN for a modality without targets), mean log Z and logit norm."""
@@ -143,7 +147,7 @@ def next_token_loss(
   batch, length, _ = hidden.shape
   if chunks == 1:
     sums = sums_of_logits(unembed(hidden), targets, loss_weights, modalities)
-    return sums.cross_entropy + z_loss * sums.z_squared, sums
+    return sums.objective(z_loss), sums
   if length % chunks:
     raise ConfigError(f'loss_chunks {chunks} does not divide rows of {length} tokens; choose a divisor of data.seq_len')
 
@@ -175,9 +179,6 @@ def _gradients_on_the_way(
     f(captured, hidden [n, B, t, D], targets [n, B, t], loss_weights [n, B, t]).
   """
 
-  def objective(sums: LossSums) -> Array:
-    return sums.cross_entropy + z_loss * sums.z_squared
-
   @jax.custom_vjp
   def total(captured: list[Array], hidden: Array, targets: Array, loss_weights: Array) -> tuple[Array, LossSums]:
     def add_piece(sums: LossSums, piece: tuple[Array, Array, Array]) -> tuple[LossSums, None]:
@@ -185,7 +186,7 @@ def _gradients_on_the_way(
       return sums + sums_of_logits(project(part, *captured), part_targets, part_weights, modalities), None
 
     sums, _ = jax.lax.scan(add_piece, LossSums.zeros(), (hidden, targets, loss_weights))
-    return objective(sums), sums
+    return sums.objective(z_loss), sums
 
   def forward(*inputs: Any) -> tuple[tuple[Array, LossSums], tuple[Any, ...]]:
     captured, hidden, targets, loss_weights = jax.tree.map(lambda leaf: leaf.value, inputs, is_leaf=_is_input)
@@ -217,7 +218,7 @@ def _gradients_on_the_way(
     start = LossSums.zeros(), jax.tree.map(jnp.zeros_like, moving)
     (sums, gradients), by_hidden = jax.lax.scan(add_piece, start, (hidden, targets, loss_weights))
     given = iter(gradients)
-    return (objective(sums), sums), ([next(given) if is_trained else None for is_trained in trained], by_hidden)
+    return (sums.objective(z_loss), sums), ([next(given) if is_trained else None for is_trained in trained], by_hidden)
 
   def backward(gradients: tuple[Any, ...], cotangents: tuple[Array, LossSums]) -> tuple[Any, ...]:
     scale = cotangents[0]
